@@ -1,0 +1,61 @@
+# Targets for Linux and macOS. `make` lists them.
+
+PYTHON ?= python3
+# What pip is given to install PyTorch. Add pip's options here to choose a build, for example
+#   make env TORCH_INSTALL='torch==2.13.0 --index-url URL-OF-THE-CPU-WHEELS'
+TORCH_INSTALL ?= torch==2.13.0
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+READY := .venv/.ready
+
+# Nothing here may use the network after `make env`, or send usage data.
+export HF_HUB_OFFLINE = 1
+export HF_HUB_DISABLE_TELEMETRY = 1
+export TOKENIZERS_PARALLELISM = false
+# OpenVINO's converter and NNCF report usage unless the run calls itself unattended. CI=true is the one variable that
+# both read; it also keeps them from writing to ~/intel.
+export CI = true
+export NNCF_CI = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test lint format bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+env: $(READY) ## create .venv with the tested versions (minutes the first time, nothing afterwards)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "$(PYTHON) is older than Python 3.10; choose another one with make env PYTHON=python3.11" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@# Editable installs of a pyproject.toml need pip 21.3.
+	$(BIN)/python -c 'import pip, sys; sys.exit(tuple(map(int, pip.__version__.split(".")[:2])) < (21, 3))' || \
+		$(BIN)/python -m pip install --upgrade pip
+	$(BIN)/python -m pip install -c constraints.txt $(TORCH_INSTALL)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[openvino,train,dev]'
+	touch $(READY)
+
+demo: $(READY) ## make a small sparse INT4 model, export it, verify it, show the report
+	$(BIN)/sparseport demo
+
+test: lint ## lint, then all tests (PYTEST_ARGS='-m "not model"' for the quick ones)
+	$(BIN)/python -m pytest --timeout=1800 $(PYTEST_ARGS)
+
+lint: $(READY) ## ruff, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY) ## rewrite the sources the way `make lint` wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY) ## run the comparisons in benchmarks/
+	$(BIN)/python benchmarks/fidelity.py
+	$(BIN)/python benchmarks/export_cost.py
+
+clean: ## remove caches and build output; .venv stays
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/sparseport.egg-info
+	find src tests benchmarks -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,218 @@
+"""The command line: one verb, one function. `sparseport VERB --help` shows each with an example."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from sparseport import __version__
+from sparseport.errors import EnvironmentProblem, SparseportError, UsageError
+from sparseport.offline import go_offline
+from sparseport.progress import Progress
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a verb; returns the process exit status (see `sparseport.errors` for their meaning)."""
+    go_offline()
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return int(options.run(options))
+    except SparseportError as error:
+        if options.debug:
+            raise
+        return _fail(error, options.json)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    except MemoryError:
+        return _fail(EnvironmentProblem("out of memory", code="E_MEM", fix="`--dry-run` shows the estimate"), options.json)
+    except BrokenPipeError:
+        # The reader of our output went away (`sparseport ... | head`): no news is fine, a traceback is not.
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        return 141
+    except Exception as error:
+        if options.debug:
+            raise
+        return _fail(SparseportError(f"unexpected {type(error).__name__}: {error}", fix="run again with --debug and report it"),
+                     options.json)
+
+
+def _terminate(signum: int, _frame: object) -> None:
+    # SystemExit unwinds the stack, so that temporary folders and child processes are removed.
+    raise SystemExit(128 + signum)
+
+
+def _fail(error: SparseportError, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps({"error": error.as_dict()}))
+    print(error, file=sys.stderr)
+    return error.exit_code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sparseport",
+        description="Carry sparse and INT4 fine-tuned language models to OpenVINO, bit for bit, with proof.",
+    )
+    parser.add_argument("--version", action="version", version=f"sparseport {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    _add_export(verbs)
+    _add_verify(verbs)
+    _add_demo(verbs)
+    return parser
+
+
+def _verb(verbs: Any, name: str, help_text: str, example: str) -> argparse.ArgumentParser:
+    verb: argparse.ArgumentParser = verbs.add_parser(
+        name, help=help_text, description=help_text, epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verb.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
+    verb.add_argument("--quiet", action="store_true", help="no progress")
+    verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return verb
+
+
+def _add_export(verbs: Any) -> None:
+    verb = _verb(
+        verbs, "export", "Export a fine-tuned model to a runtime's folder, proven and certified.",
+        "sparseport export --target openvino --base sparse-int4 --sparse-base sparse --adapter adapter --output out",
+    )
+    verb.add_argument("--config", type=Path, help="recipe file; other options override it")
+    verb.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe field")
+    verb.add_argument("--base", help="folder of the base model: dense, sparse, or GPTQ INT4")
+    verb.add_argument("--sparse-base", help="sparse floating-point base that the INT4 base was made from")
+    verb.add_argument("--adapter", help="folder of the fine-tuned adapter")
+    verb.add_argument("--sub-adapter", metavar="WHICH", help="maximal (default), heuristic, minimal, or a JSON file")
+    verb.add_argument("--target", action="append", choices=["openvino"], help="runtime to export to")
+    verb.add_argument("--output", help="folder to write")
+    verb.add_argument("--rounding", choices=["sqft", "paper"], help="QA-SparsePEFT rounding rule (default sqft)")
+    verb.add_argument("--embedding", choices=["fp16", "fp32", "int8"], help="how embedding and head are stored")
+    verb.add_argument("--gptq-zeros", choices=["v1", "v2"], help="override how the GPTQ file stores zero-points")
+    verb.add_argument("--mask-policy", choices=["strict", "keep-codes", "reapply"],
+                      help="when an input breaks its own mask: refuse (default), keep and record, or prune again")
+    compress = verb.add_argument_group("NNCF compression of floating-point layers (INT4 layers are never touched)")
+    compress.add_argument("--compress", dest="compress.mode", metavar="MODE",
+                          choices=["none", "int8_sym", "int8_asym", "int4_sym", "int4_asym"],
+                          help="none (default), int8_sym, int8_asym, int4_sym, int4_asym")
+    compress.add_argument("--compress-ratio", dest="compress.ratio", type=float, metavar="SHARE",
+                          help="share of layers in 4 bits, the rest in 8")
+    compress.add_argument("--compress-group-size", dest="compress.group_size", type=int, metavar="N")
+    compress.add_argument("--compress-dataset", dest="compress.dataset", metavar="FILE", help="one sample a line")
+    for name in ("awq", "scale-estimation", "gptq"):
+        compress.add_argument(f"--compress-{name}", dest=f"compress.{name.replace('-', '_')}", action="store_true",
+                              default=None)
+    verb.add_argument("--no-tokenizer", dest="tokenizer", action="store_false", default=None,
+                      help="leave tokenizer and detokenizer out")
+    verb.add_argument("--no-numerics", dest="numerics", action="store_false", default=None,
+                      help="skip the comparison of logits (the bits are proven all the same)")
+    verb.add_argument("--allow-pickle", action="store_true", default=None, help="accept .bin inputs")
+    verb.add_argument("--overwrite", action="store_true", default=None, help="replace an existing output")
+    verb.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    verb.set_defaults(run=_run_export)
+
+
+_EXPORT_FIELDS = (
+    "base", "sparse_base", "adapter", "sub_adapter", "target", "output", "rounding", "embedding", "gptq_zeros",
+    "mask_policy", "tokenizer", "numerics", "allow_pickle", "overwrite",
+)
+
+
+def _run_export(options: argparse.Namespace) -> int:
+    from sparseport import pipeline
+    from sparseport.plan import require_exportable
+    from sparseport.recipe import apply_settings, load_job, make_recipe
+    from sparseport.show import show_export, show_plan
+
+    data: dict[str, Any] = {}
+    if options.config:
+        data = load_job(options.config).export.model_dump(mode="json", exclude_unset=True)
+    given = {name: getattr(options, name) for name in _EXPORT_FIELDS if getattr(options, name) is not None}
+    compress = {key.partition(".")[2]: value for key, value in vars(options).items()
+                if key.startswith("compress.") and value is not None}
+    data |= given
+    if compress:
+        data["compress"] = {**data.get("compress", {}), **compress}
+    apply_settings(data, tuple(options.set))
+    for name in ("base", "output"):
+        if not data.get(name):
+            raise UsageError(f"--{name} is missing", fix=f"give --{name} DIR, or a --config that names it")
+    recipe = make_recipe(data)
+    if options.dry_run:
+        plan = pipeline.plan(recipe)
+        _print(plan.as_dict(), options.json, lambda: show_plan(plan))
+        require_exportable(plan)
+        return 0
+    result = pipeline.export(recipe, _progress(options))
+    _print(result.as_dict(), options.json, lambda: show_export(result))
+    return 0
+
+
+def _add_verify(verbs: Any) -> None:
+    verb = _verb(verbs, "verify", "Compare an exported folder with its certificate, bit for bit.",
+                 "sparseport verify out")
+    verb.add_argument("folder", type=Path)
+    verb.add_argument("--numerics", action="store_true", help="also run the model and compare its logits")
+    verb.add_argument("--ignore-extra", action="store_true", help="do not mind files that the certificate does not know")
+    verb.set_defaults(run=_run_verify)
+
+
+def _run_verify(options: argparse.Namespace) -> int:
+    from sparseport.pipeline import check_numerics
+    from sparseport.show import show_numerics, show_verdict
+    from sparseport.verify.folder import require, verify
+
+    with _progress(options).task("verifying") as step:
+        verdict = verify(options.folder, strict=not options.ignore_extra, on_step=step)
+    result = verdict.as_dict()
+    numerics = None
+    if verdict.ok and options.numerics:
+        with _progress(options).task("comparing logits"):
+            numerics = check_numerics(options.folder)
+        result["numerics"] = numerics
+    _print(result, options.json, lambda: show_verdict(verdict))
+    if numerics and not options.json:
+        show_numerics(numerics)
+    require(verdict)
+    return 0
+
+
+def _add_demo(verbs: Any) -> None:
+    verb = _verb(verbs, "demo", "The whole job on a small real model: prune, quantise, fine-tune, export, prove, measure.",
+                 "sparseport demo --work-dir demo")
+    verb.add_argument("--config", type=Path, help="job file (default: export_configs/demo.yaml of the repository)")
+    verb.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe field")
+    verb.add_argument("--work-dir", type=Path, default=Path("demo"), help="folder for everything it makes (default: demo)")
+    verb.add_argument("--wheel", type=Path, help="the model's wheel, if it was downloaded before")
+    verb.set_defaults(run=_run_demo)
+
+
+def _run_demo(options: argparse.Namespace) -> int:
+    from sparseport.demo import run_demo
+    from sparseport.show import show_demo
+
+    result = run_demo(options.config, options.work_dir, tuple(options.set), _progress(options), wheel=options.wheel)
+    _print(result, options.json, lambda: show_demo(result))
+    return 0
+
+
+def _progress(options: argparse.Namespace) -> Progress:
+    return Progress("quiet" if options.quiet else "auto")
+
+
+def _print(data: dict[str, Any], as_json: bool, show: Any) -> None:
+    if as_json:
+        print(json.dumps(data, indent=2))
+    else:
+        show()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Merging rules: pure functions from base weight and adapter to merged weight."""

@@ -1,0 +1,281 @@
+"""Run one export: plan, merge layer by layer, write, read back, compare, certify, publish."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparseport.child import Child
+from sparseport.errors import FidelityError
+from sparseport.merge.layer import Merged, merge_layer
+from sparseport.plan import LayerPlan, Plan, make_plan, require_exportable
+from sparseport.progress import Progress
+from sparseport.publish import check_space, staged_output
+from sparseport.recipe import Recipe
+from sparseport.sources import Sources, open_sources
+from sparseport.targets.openvino import readback
+from sparseport.compress import compress_folder
+from sparseport.targets.openvino.writer import XML, OpenVinoWriter, as_stored
+from sparseport.verify.bits import digest_linears, digest_tensors
+from sparseport.verify.certificate import SCHEMA, Certificate, decimal, file_facts
+from sparseport.verify.numerics import TOLERANCE
+from sparseport.weights.digest import digest, mask_digest
+from sparseport.weights.linear import Array, DenseWeight, QuantizedWeight
+from sparseport.weights.mask import sparsity
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """A finished export: where it is, its certificate, and things worth knowing."""
+
+    folder: Path
+    certificate: Certificate
+    notes: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for `--json`."""
+        return {"folder": str(self.folder), "notes": self.notes, "totals": self.certificate.totals,
+                "numerics": self.certificate.body["numerics"]}
+
+
+def plan(recipe: Recipe) -> Plan:
+    """What `export` would do, without doing it (`--dry-run`).
+
+    Raises:
+        SparseportError: an input cannot be opened or does not fit the others.
+    """
+    with open_sources(recipe) as sources:
+        return make_plan(recipe, sources)
+
+
+def export(recipe: Recipe, progress: Progress | None = None) -> ExportResult:
+    """Export a fine-tuned model; the output folder appears whole, proven and certified, or not at all.
+
+    Args:
+        recipe: what to export and how.
+        progress: where to report steps; quiet by default.
+
+    Raises:
+        SparseportError: any of its subclasses, each with its exit code; nothing is written then.
+    """
+    progress = progress or Progress("quiet")
+    with open_sources(recipe) as sources:
+        layers = make_plan(recipe, sources)
+        require_exportable(layers)
+        for note in layers.notes:
+            progress.note(note)
+        check_space(recipe.output, layers.output_bytes + layers.scratch_bytes)
+        with staged_output(recipe.output, recipe.overwrite) as stage:
+            certificate = _export_openvino(recipe, sources, layers, stage, progress)
+            certificate.write(stage)
+    return ExportResult(recipe.output, certificate, layers.notes)
+
+
+def _export_openvino(
+    recipe: Recipe, sources: Sources, layers: Plan, stage: Path, progress: Progress
+) -> Certificate:
+    with tempfile.TemporaryDirectory(prefix="scratch-", dir=stage) as scratch_name:
+        scratch = Path(scratch_name)
+        base = sources.base
+        small = sources.small_tensors()
+        with OpenVinoWriter(stage, scratch, base.path, base.config, small, recipe.tokenizer) as writer:
+            with progress.task("merging layers", len(layers.layers)) as step:
+                linears = _merge_all(recipe, sources, layers, writer, step)
+            tensors = _add_tensors(recipe, sources, layers, writer)
+            with progress.task("hashing inputs"):
+                inputs = sources.facts()
+            with progress.task("building the graph"):
+                writer.save(_dtype_label(recipe, layers))
+        if recipe.compress.mode != "none" or recipe.embedding == "int8":
+            with progress.task(f"compressing ({recipe.compress.mode}, embedding {recipe.embedding})"):
+                compress_folder(recipe, sources, layers, stage, scratch, linears, tensors)
+    with progress.task("reading back", len(linears)) as step:
+        _check_read_back(stage / XML, linears, tensors, step)
+    numerics: dict[str, Any] = {"run": False}
+    if recipe.numerics:
+        with progress.task("comparing logits"):
+            numerics = check_numerics(stage)
+    return Certificate({
+        "schema": SCHEMA,
+        "sparseport": version("sparseport"),
+        "recipe": _recipe_facts(recipe),
+        "inputs": inputs,
+        "linears": linears,
+        "tensors": tensors,
+        "totals": _totals(linears),
+        "numerics": numerics,
+        "versions": {**writer.versions, "numpy": np.__version__},
+        "files": {path.relative_to(stage).as_posix(): file_facts(path) for path in sorted(stage.rglob("*")) if path.is_file()},
+    })
+
+
+def _merge_all(
+    recipe: Recipe, sources: Sources, layers: Plan, writer: OpenVinoWriter, step: Callable[[], None]
+) -> dict[str, dict[str, Any]]:
+    """Merge every layer, hand it to the writer, and return what the certificate says of it."""
+    facts = {}
+    for layer in layers.layers:
+        merged = merge_planned(recipe, sources, layer)
+        writer.add_linear(layer.module, merged.weight, layer.stored_group)
+        facts[layer.module] = _linear_facts(layer, merged, sources, recipe)
+        step()
+    return facts
+
+
+def merge_planned(recipe: Recipe, sources: Sources, layer: LayerPlan) -> Merged:
+    """Merge one planned layer from open sources."""
+    base: QuantizedWeight | DenseWeight
+    sparse = None
+    if layer.group_size is not None:
+        base = sources.quantized(layer.module)
+        sparse = sources.sparse_dense(layer.module) if sources.mask_available(layer.module) else None
+    else:
+        base = sources.dense(layer.module, layer.rule)
+    branch = None if layer.rule == "carry" else sources.branch(layer.module)
+    return merge_layer(layer.rule, base, branch, sparse, layer.module, rounding=recipe.rounding,
+                       mask_policy=recipe.mask_policy)
+
+
+def _linear_facts(layer: LayerPlan, merged: Merged, sources: Sources, recipe: Recipe) -> dict[str, Any]:
+    weight = merged.weight
+    facts: dict[str, Any] = {
+        "rule": layer.rule, "shape": list(layer.shape), "source": layer.source, "stored": layer.stored,
+        "weight_sha256": _written_digest(weight), "readback": {},
+    }
+    if layer.rank is not None and sources.adapter is not None:
+        facts |= {"rank": layer.rank, "scaling": decimal(sources.branch(layer.module).scaling)}
+    if layer.rule == "qa_sparse_peft":
+        facts |= {"rounding": recipe.rounding.value, "compute_dtype": "float32"}
+    elif layer.rule in ("lora", "sparse_peft"):
+        facts |= {"compute_dtype": "float32"}
+    if isinstance(weight, QuantizedWeight):
+        facts |= {"bits": weight.bits, "group_size": weight.group_size, "stored_group_size": layer.stored_group,
+                  "act_order": weight.input_order is not None}
+    if weight.mask is not None:
+        facts |= {"mask_sha256": mask_digest(weight.mask), "sparsity": decimal(sparsity(weight.mask)),
+                  "pruned": int(weight.mask.size - np.count_nonzero(weight.mask)), "revived": merged.revived}
+    if merged.re_pruned:
+        facts["re_pruned"] = merged.re_pruned
+    return facts
+
+
+def _written_digest(weight: QuantizedWeight | DenseWeight) -> str:
+    """Digest of the weight as the target stores it: bfloat16 is widened to float32, which changes no value."""
+    if isinstance(weight, DenseWeight) and weight.values.dtype.name == "bfloat16":
+        return digest(DenseWeight(weight.values.astype(np.float32)))
+    return digest(_widened_scales(weight))
+
+
+def _widened_scales(weight: QuantizedWeight | DenseWeight) -> QuantizedWeight | DenseWeight:
+    if isinstance(weight, QuantizedWeight) and weight.scales.dtype.name == "bfloat16":
+        from dataclasses import replace
+
+        return replace(weight, scales=weight.scales.astype(np.float32))
+    return weight
+
+
+def _add_tensors(
+    recipe: Recipe, sources: Sources, layers: Plan, writer: OpenVinoWriter
+) -> dict[str, dict[str, Any]]:
+    """Hand embedding, head and other tensors over; small ones are in the graph already."""
+    facts: dict[str, dict[str, Any]] = {}
+    for name in layers.tensors:
+        values = sources.base.read(name)
+        changed = 0
+        if values.ndim >= 2:
+            stored, changed = as_stored(values, recipe.embedding, name)
+            writer.add_tensor(name, stored)
+        else:
+            stored = values
+        facts[name] = {
+            "shape": list(values.shape), "source_dtype": values.dtype.name, "changed": changed, "readback": {},
+            "value_sha256": value_digest(stored),
+        }
+    return facts
+
+
+def value_digest(values: Array) -> str:
+    """Digest of a tensor's numbers whatever float dtype holds them: all are exact in float32."""
+    from sparseport.weights.digest import array_digest
+
+    return array_digest(values.astype(np.float32))
+
+
+def _check_read_back(
+    xml: Path, linears: dict[str, dict[str, Any]], tensors: dict[str, dict[str, Any]], step: Callable[[], None]
+) -> None:
+    """Read the written model and compare every weight; on success the digests enter the facts.
+
+    Raises:
+        FidelityError: a weight in the file is not the one that was merged.
+    """
+    model = readback.read_model(xml)
+    found = digest_linears(model, linears, step)
+    for module, facts in linears.items():
+        expected = facts.get("compressed_sha256", facts["weight_sha256"])
+        if found.get(module) != expected:
+            raise FidelityError("the written weight is not the merged one", where=f"{xml.name}, {module}",
+                                expected=expected[:16], found=str(found.get(module))[:16], code="E_READBACK")
+        facts["readback"]["openvino"] = found[module]
+    exact = {item.name: item.weight for item in readback.weights(model) if item.name in tensors}
+    digests = digest_tensors(model, tensors)
+    for name, facts in tensors.items():
+        weight = exact.get(name)
+        same = isinstance(weight, QuantizedWeight) or (
+            weight is not None and value_digest(weight.values.reshape(facts["shape"])) == facts["value_sha256"]
+        )
+        if not same:
+            raise FidelityError("the written tensor is not the source's", where=f"{xml.name}, {name}", code="E_READBACK")
+        facts["readback"]["openvino"] = digests[name]
+
+
+def check_numerics(folder: Path) -> dict[str, Any]:
+    """Compare the folder's logits with the dequantised reference, in a process of its own.
+
+    Raises:
+        FidelityError: they differ by more than the tolerance at full precision, or are not finite.
+    """
+    with Child("sparseport.verify.numerics", {"folder": str(folder)}) as child:
+        result = child.result()
+    largest = float(result["full_precision"]["max_abs"])
+    if not largest <= TOLERANCE:  # NaN fails too
+        raise FidelityError("logits differ from the dequantised reference at full precision", where=folder.name,
+                            expected=f"max |difference| <= {TOLERANCE}", found=result["full_precision"]["max_abs"],
+                            code="E_NUMERICS", fix="report this with the model's config; `--no-numerics` skips the check")
+    return {"run": True, **result}
+
+
+def _totals(linears: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    weights = sum(int(np.prod(facts["shape"])) for facts in linears.values())
+    masked = [facts for facts in linears.values() if "pruned" in facts]
+    pruned = sum(facts["pruned"] for facts in masked)
+    covered = sum(int(np.prod(facts["shape"])) for facts in masked)
+    return {
+        "linears": len(linears), "weights": weights, "masked_weights": covered, "pruned": pruned,
+        "revived": sum(facts["revived"] for facts in masked),
+        "sparsity": decimal(pruned / covered) if covered else "0.000000",
+        "int4_linears": sum(1 for facts in linears.values() if facts.get("bits") == 4),
+        "differences": 0,
+    }
+
+
+def _dtype_label(recipe: Recipe, layers: Plan) -> str:
+    if any(layer.stored_group for layer in layers.layers) or recipe.compress.mode.startswith("int4"):
+        return "int4"
+    return "int8" if recipe.compress.mode.startswith("int8") else "fp16"
+
+
+def _recipe_facts(recipe: Recipe) -> dict[str, Any]:
+    """The recipe without paths and without real numbers."""
+    data = recipe.model_dump(mode="json", exclude={"base", "sparse_base", "adapter", "output", "overwrite"})
+    data["compress"] = {key: decimal(value) if isinstance(value, float) else value
+                        for key, value in data["compress"].items() if key != "dataset"}
+    if data["sub_adapter"] not in ("maximal", "heuristic", "minimal"):
+        data["sub_adapter"] = "custom"
+    return data

@@ -1,0 +1,214 @@
+"""What an export will do to each layer, decided from headers before any weight is touched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from sparseport.errors import BadInput, FidelityError, SparseportError, Unsupported
+from sparseport.recipe import Recipe
+from sparseport.sources import SPARSE_FROM, Sources
+from sparseport.weights.grouping import openvino_group_size
+
+# What the frontend process (torch, transformers, optimum-intel and the traced graph) takes, measured.
+_FRONTEND_MIB = 520
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One linear layer's way through the export.
+
+    rule          carry, lora, sparse_peft or qa_sparse_peft
+    source        format in the checkpoint (`int4 g64 asym`, `float16`)
+    stored        format in the output (`u4 g64`, `f16`)
+    group_size    columns per group in the source, or None
+    stored_group  columns per group in the output, or None
+    rank          active adapter rank, or None
+    refused       why this layer cannot be exported, or None
+    """
+
+    module: str
+    rule: str
+    shape: tuple[int, int]
+    source: str
+    stored: str
+    group_size: int | None = None
+    stored_group: int | None = None
+    rank: int | None = None
+    refused: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All layers, the other tensors, and what the export will need."""
+
+    layers: list[LayerPlan]
+    tensors: list[str]
+    output_bytes: int
+    scratch_bytes: int
+    memory_mib: int
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def refusals(self) -> list[LayerPlan]:
+        return [layer for layer in self.layers if layer.refused]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for `--json`."""
+        return {
+            "layers": [vars(layer) for layer in self.layers],
+            "tensors": self.tensors,
+            "estimates": {
+                "output_mib": self.output_bytes >> 20, "scratch_mib": self.scratch_bytes >> 20,
+                "memory_mib": self.memory_mib,
+            },
+            "refused": len(self.refusals),
+            "notes": self.notes,
+        }
+
+
+def make_plan(recipe: Recipe, sources: Sources) -> Plan:
+    """Choose rule and format for every linear layer.
+
+    A layer that cannot be exported is listed with its reason; `require_exportable` turns that into an error.
+    """
+    adapted = sources.adapter_modules()
+    layers = []
+    for module in sources.base.linear_names():
+        if module == sources.base.head_name and module not in adapted:
+            continue  # an untouched head travels like the embedding
+        try:
+            layers.append(_plan_layer(module, module in adapted, recipe, sources))
+        except SparseportError as error:
+            shape = _shape(sources, module)
+            layers.append(LayerPlan(module, "none", shape, "?", "-", refused=str(error)))
+    linear_tensors = {
+        f"{layer.module}.{leaf}" for layer in layers for leaf in ("weight", "qweight", "qzeros", "scales", "g_idx")
+    }
+    tensors = [name for name in sources.base.names() if name not in linear_tensors and not _is_tied_copy(name, sources)]
+    sizes = [_stored_bytes(layer) for layer in layers]
+    other = sum(int(np.prod(sources.base.info(name).shape)) for name in tensors)
+    other *= 4 if recipe.embedding == "fp32" else 2
+    largest = max([other, *(rows * cols for rows, cols in (layer.shape for layer in layers))], default=0)
+    return Plan(
+        layers=layers,
+        tensors=tensors,
+        output_bytes=sum(sizes) + other,
+        scratch_bytes=sum(sizes) + other,
+        memory_mib=_FRONTEND_MIB + (largest * 14 >> 20),
+        notes=_notes(recipe, sources, layers),
+    )
+
+
+def require_exportable(plan: Plan) -> None:
+    """Raise if the plan refuses a layer.
+
+    Raises:
+        Unsupported: names the first refused layer and its reason.
+    """
+    if plan.refusals:
+        first = plan.refusals[0]
+        raise Unsupported(
+            f"{len(plan.refusals)} of {len(plan.layers)} layers cannot be exported; the first: {first.refused}",
+            where=first.module, fix="`--dry-run` lists all of them",
+        )
+
+
+def _plan_layer(module: str, adapted: bool, recipe: Recipe, sources: Sources) -> LayerPlan:
+    shape = _shape(sources, module)
+    quantized = sources.is_quantized(module)
+    rank = None
+    rule = "carry"
+    if adapted:
+        assert sources.adapter is not None
+        rank = sources.ranks.get(module, sources.adapter.ranks()[module])
+        rule = _rule(module, quantized, sources)
+    if quantized:
+        assert sources.gptq is not None
+        group = shape[1] if sources.gptq.group_size == -1 else sources.gptq.group_size
+        stored_group = openvino_group_size(group, shape[1], module)
+        kind = "sym" if sources.gptq.sym else "asym"
+        return LayerPlan(module, rule, shape, f"int4 g{group} {kind}", f"{'i4' if sources.gptq.sym else 'u4'} g{stored_group}",
+                         group, stored_group, rank)
+    dtype = sources.base.info(f"{module}.weight").dtype.name
+    stored = "f16" if dtype == "float16" else "f32"
+    if recipe.compress.mode != "none":
+        group_text = f" g{recipe.compress.group_size}" if recipe.compress.mode.startswith("int4") else ""
+        stored = f"nncf {recipe.compress.mode}{group_text}"
+    return LayerPlan(module, rule, shape, dtype, stored, rank=rank)
+
+
+def _rule(module: str, quantized: bool, sources: Sources) -> str:
+    """The merge rule that the adapter was trained for.
+
+    Raises:
+        BadInput: an input that the rule needs is missing.
+        FidelityError: the merge would break sparsity or precision; the message names the rule that would keep it.
+        Unsupported: the combination has no exact merge.
+    """
+    adapter = sources.adapter
+    assert adapter is not None
+    if adapter.quantization_aware:
+        if not quantized:
+            raise BadInput("a quantization-aware adapter needs the INT4 base it was trained on", where=module,
+                           found="a floating-point base", fix="give the GPTQ folder as --base", code="E_PAIRING")
+        if sources.sparse is None:
+            raise BadInput("a quantization-aware adapter needs the sparse base as well", where=module,
+                           fix="give --sparse-base DIR: mask and weights before quantisation", code="E_SPARSE_BASE")
+        return "qa_sparse_peft"
+    if quantized:
+        raise FidelityError(
+            "merging this adapter into INT4 would re-quantise the base", where=module, code="E_RULE",
+            fix="train it with quantization_aware (QA-SparsePEFT), or merge into the floating-point base",
+        )
+    if adapter.sparse_adapter:
+        return "sparse_peft"
+    if sources.dense(module).mask is not None:
+        raise FidelityError(
+            f"a dense LoRA merge would fill a base layer that is more than {SPARSE_FROM:.0%} zeros", where=module,
+            code="E_RULE", fix="train with sparse_adapter (SparsePEFT) and merge with rule sparse_peft",
+        )
+    return "lora"
+
+
+def _shape(sources: Sources, module: str) -> tuple[int, int]:
+    if sources.is_quantized(module):
+        words, out = sources.base.info(f"{module}.qweight").shape
+        return int(out), int(words) * 8
+    rows, cols = sources.base.info(f"{module}.weight").shape
+    return int(rows), int(cols)
+
+
+def _is_tied_copy(name: str, sources: Sources) -> bool:
+    head = sources.base.head_name
+    return sources.base.tied_head and head is not None and name == f"{head}.weight"
+
+
+def _stored_bytes(layer: LayerPlan) -> int:
+    rows, cols = layer.shape
+    if layer.stored_group:
+        return rows * cols // 2 + rows * (cols // layer.stored_group) * 5 // 2
+    if layer.stored.startswith("nncf int4"):
+        return rows * cols * 9 // 16
+    if layer.stored.startswith("nncf"):
+        return rows * cols
+    return rows * cols * (2 if layer.stored == "f16" else 4)
+
+
+def _notes(recipe: Recipe, sources: Sources, layers: list[LayerPlan]) -> list[str]:
+    notes = list(sources.base.warnings)
+    if sources.sparse is not None:
+        notes.extend(sources.sparse.warnings)
+    split = [layer for layer in layers if layer.stored_group != layer.group_size]
+    if split:
+        first = split[0]
+        notes.append(f"{len(split)} layers are regrouped losslessly, group {first.group_size} -> {first.stored_group}, "
+                     "because OpenVINO computes the original group size wrongly")
+    if sources.gptq is not None and sources.sparse is None:
+        notes.append("no sparse base was given: pruned weights cannot be told from weights that are zero by rounding, "
+                     "so the certificate states digests but no mask")
+    if recipe.compress.mode != "none" and all(layer.stored_group for layer in layers):
+        notes.append("--compress has nothing to do: every layer is INT4 already and stays as it is")
+    return notes

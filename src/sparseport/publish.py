@@ -1,0 +1,149 @@
+"""Output that appears whole or not at all: a locked temporary folder beside the target, then one rename."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sparseport.errors import EnvironmentProblem, OutputExists
+
+TEMP_PREFIX = ".sparseport-tmp-"
+
+
+@contextmanager
+def staged_output(output: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a fresh folder beside `output`; rename it to `output` if the block ends without an error.
+
+    A failed or interrupted block leaves `output` as it was and removes the temporary folder. What a killed process left
+    behind is removed by the next run on the same output.
+
+    Raises:
+        OutputExists: `output` is there and `overwrite` is false, or another process is writing it.
+        EnvironmentProblem: the parent is not a writable folder, or the disk fills up.
+    """
+    output = Path(os.path.abspath(output))
+    if output.is_symlink() and not output.exists():
+        raise EnvironmentProblem("output is a dangling symbolic link", where=output, fix="choose another --output")
+    output = output.resolve()
+    parent = output.parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EnvironmentProblem("cannot make the folder for the output", where=parent, found=error.strerror) from error
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise EnvironmentProblem("the output's folder is not writable", where=parent)
+    with _locked(parent / f"{TEMP_PREFIX}{output.name}.lock", output):
+        if output.exists() and not overwrite:
+            raise OutputExists("output exists already", where=output, fix="choose another --output or give --overwrite")
+        stage = parent / f"{TEMP_PREFIX}{output.name}"
+        aside = parent / f"{TEMP_PREFIX}{output.name}.old"
+        if aside.exists() and not output.exists():
+            aside.rename(output)  # a run was killed between its two renames: the old output is still whole
+        for leftover in (stage, aside):
+            shutil.rmtree(leftover, ignore_errors=True)
+        try:
+            stage.mkdir()
+            yield stage
+            _sync_tree(stage)
+            if output.exists():
+                output.rename(aside)
+            stage.rename(output)
+            _sync_folder(parent)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise EnvironmentProblem(
+                    "no space left for the output", where=parent, code="E_NOSPC",
+                    found=f"{shutil.disk_usage(parent).free >> 20} MiB free", fix="free some space or choose another --output",
+                ) from error
+            if error.errno in (errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM):
+                raise EnvironmentProblem("cannot write the output", where=error.filename or parent,
+                                         found=error.strerror) from error
+            raise
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+            if aside.exists():
+                if output.exists():
+                    shutil.rmtree(aside, ignore_errors=True)
+                else:
+                    aside.rename(output)
+
+
+def check_space(output: Path, needed: int) -> None:
+    """Refuse early if the disk cannot hold the output and its scratch file.
+
+    Raises:
+        EnvironmentProblem: fewer than `needed` bytes are free.
+    """
+    parent = output.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise EnvironmentProblem("not enough disk space", where=parent, expected=f"{needed >> 20} MiB",
+                                 found=f"{free >> 20} MiB free", code="E_NOSPC",
+                                 fix="free some space or choose another --output")
+
+
+@contextmanager
+def _locked(lock: Path, output: Path) -> Iterator[None]:
+    """Hold an advisory lock that dies with the process."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: an exclusive file instead
+        with _exclusive_file(lock, output):
+            yield
+        return
+    handle = os.open(lock, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputExists("another export is writing this output", where=output, code="E_LOCKED") from error
+        yield
+        # Unlinked while still held: whoever opened it meanwhile fails the rename-free check below and tries again.
+        with contextlib.suppress(FileNotFoundError):
+            lock.unlink()
+    except BaseException as error:
+        if not isinstance(error, OutputExists) or error.code != "E_LOCKED":
+            with contextlib.suppress(FileNotFoundError):
+                lock.unlink()
+        raise
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _exclusive_file(lock: Path, output: Path) -> Iterator[None]:
+    try:
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError as error:
+        raise OutputExists("another export is writing this output", where=output, code="E_LOCKED",
+                           fix=f"if no export is running, delete {lock.name}") from error
+    try:
+        yield
+    finally:
+        os.close(handle)
+        lock.unlink(missing_ok=True)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

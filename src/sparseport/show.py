@@ -1,0 +1,80 @@
+"""Results as a person reads them on a terminal."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from sparseport.errors import printable
+from sparseport.pipeline import ExportResult
+from sparseport.plan import Plan
+from sparseport.verify.folder import Verdict
+
+
+def show_plan(plan: Plan) -> None:
+    """Print a dry run: every layer, what would be refused, and the estimates."""
+    console = Console()
+    table = Table("layer", "rule", "rank", "shape", "source", "stored", title="plan", title_justify="left")
+    for layer in plan.layers:
+        rank = "" if layer.rank is None else str(layer.rank)
+        shape = f"{layer.shape[0]}x{layer.shape[1]}"
+        stored = f"[red]refused: {printable(layer.refused)}[/red]" if layer.refused else layer.stored
+        table.add_row(layer.module, layer.rule, rank, shape, layer.source, stored)
+    console.print(table)
+    rules = Counter(layer.rule for layer in plan.layers)
+    console.print("rules: " + ", ".join(f"{rule} {count}" for rule, count in sorted(rules.items())))
+    console.print(f"output {plan.output_bytes >> 20} MiB, scratch {plan.scratch_bytes >> 20} MiB on disk; "
+                  f"memory about {plan.memory_mib} MiB")
+    for note in plan.notes:
+        console.print(f"note: {note}")
+
+
+def show_export(result: ExportResult) -> None:
+    """Print what was exported and what is proven about it."""
+    console = Console()
+    totals = result.certificate.totals
+    console.print(f"[bold]{result.folder}[/bold]")
+    console.print(f"  {totals['linears']} linear layers, {totals['weights']:,} weights, {totals['int4_linears']} in INT4")
+    if totals["masked_weights"]:
+        console.print(f"  sparsity {float(totals['sparsity']):.2%}: {totals['pruned']:,} pruned, "
+                      f"{totals['revived']:,} of them not zero")
+    console.print("  read back from disk: 0 differences")
+    if result.certificate.body["numerics"]["run"]:
+        show_numerics(result.certificate.body["numerics"])
+    else:
+        console.print("  logits: not compared (--no-numerics)")
+    console.print(f"  proof again any time: sparseport verify {result.folder}")
+
+
+def show_numerics(numerics: dict[str, Any]) -> None:
+    """Print both answers of the numeric check."""
+    console = Console()
+    full, default = numerics["full_precision"], numerics["default"]
+    console.print(f"  logits at full precision: max |difference| {full['max_abs']} (allowed {numerics['tolerance']})")
+    console.print(f"  logits at default settings: KL {default['kl']}, top-1 agreement {float(default['top1']):.2%}")
+
+
+def show_verdict(verdict: Verdict) -> None:
+    """Print a verdict."""
+    console = Console()
+    for difference in verdict.differences:
+        console.print(f"[red]{printable(difference)}[/red]", soft_wrap=True)
+    console.print(f"{len(verdict.differences)} differences in {verdict.files} files, {verdict.linears} linear layers and "
+                  f"{verdict.tensors} other tensors")
+
+
+def show_demo(result: dict[str, Any]) -> None:
+    """Print the demo's closing table."""
+    console = Console()
+    table = Table("model", "accuracy", "size", "sparsity", title=f"task {result['task']}", title_justify="left")
+    for row in result["table"]:
+        table.add_row(row["model"], row["accuracy"], row["size"], row["sparsity"])
+    console.print(table)
+    console.print(f"asked:    {result['example']['prompt']}")
+    console.print(f"answered: {result['example']['answer']}")
+    console.print(f"codes that differ between training forward and merge: {result['code_differences']['different']} of "
+                  f"{result['code_differences']['codes']:,}")
+    console.print(f"verify: {len(result['differences'])} differences; folder {result['folder']}")

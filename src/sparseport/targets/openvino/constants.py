@@ -1,0 +1,141 @@
+"""Put exact weights into an IR skeleton: each placeholder constant is replaced by the stored one.
+
+Layout of a quantised weight, the one that OpenVINO's CPU plugin keeps compressed at run time:
+
+    Constant u4 [out, groups, group] -> Convert f16 -> Subtract(Convert(zero_points u4)) -> Multiply(scales)
+        -> Reshape [out, in] -> Convert f32 -> MatMul
+
+Names of the constants are `<module>.codes`, `<module>.zero_points`, `<module>.scales`, `<module>.weight`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sparseport.errors import FidelityError
+from sparseport.targets.openvino.store import Block, StoredDense, StoredQuantized, WeightStore
+
+
+def swap_constants(
+    model: Any,
+    placeholders: Mapping[str, str],
+    stored: Mapping[str, StoredDense | StoredQuantized],
+    store: WeightStore,
+) -> list[Any]:
+    """Replace placeholder constants of an `openvino.Model`, in place.
+
+    Args:
+        model: the skeleton.
+        placeholders: checkpoint tensor name (`<module>.weight`) -> friendly name of its Constant in the skeleton.
+        stored: checkpoint tensor name -> what to put there. Every key must be in `placeholders`.
+        store: where the bytes are.
+
+    Returns:
+        The tensors that own the bytes. OpenVINO does not keep them alive: hold the list until the model is saved.
+
+    Raises:
+        FidelityError: a placeholder is missing, or has another shape than the weight.
+    """
+    nodes = {op.get_friendly_name(): op for op in model.get_ordered_ops() if op.get_type_name() == "Constant"}
+    alive: list[Any] = []
+    for name, weight in stored.items():
+        node = nodes.get(placeholders.get(name, ""))
+        if node is None:
+            raise FidelityError("the graph has no place for this tensor", where=name)
+        shape = (weight.out_features, weight.in_features) if isinstance(weight, StoredQuantized) else weight.values.shape
+        if _squeezed(node.get_output_shape(0)) != _squeezed(shape):
+            raise FidelityError("tensor does not fit its place in the graph", where=name,
+                                expected=tuple(node.get_output_shape(0)), found=shape)
+        if isinstance(weight, StoredQuantized):
+            _swap_quantized(node, name.removesuffix(".weight"), weight, store, alive)
+        else:
+            _swap_dense(node, name, weight, store, alive)
+    for tensor_name, placeholder in placeholders.items():
+        if tensor_name not in stored:
+            # Small tensors are in place already; they only take their checkpoint name, by which read-back finds them.
+            if placeholder not in nodes:
+                raise FidelityError("the graph has no place for this tensor", where=tensor_name)
+            nodes[placeholder].set_friendly_name(tensor_name)
+    model.validate_nodes_and_infer_types()
+    return alive
+
+
+def _swap_dense(node: Any, name: str, weight: StoredDense, store: WeightStore, alive: list[Any]) -> None:
+    constant = _constant(weight.values, name, store, alive, tuple(node.get_output_shape(0)))
+    same_type = constant.get_element_type() == node.get_element_type()
+    for consumer in list(node.output(0).get_target_inputs()):
+        if same_type:
+            consumer.replace_source_output(constant.output(0))
+            continue
+        # The skeleton decompresses f16 with a Convert to f32; another stored type goes in front of the same consumers.
+        owner = consumer.get_node()
+        if owner.get_type_name() == "Convert" and weight.values.element_type == "f32":
+            for inner in list(owner.output(0).get_target_inputs()):
+                inner.replace_source_output(constant.output(0))
+        else:
+            consumer.replace_source_output(_convert(constant, node.get_element_type()).output(0))
+
+
+def _swap_quantized(node: Any, module: str, weight: StoredQuantized, store: WeightStore, alive: list[Any]) -> None:
+    import numpy as np
+    from openvino import Type
+    from openvino import opset13 as ops
+
+    compute = Type.f16 if weight.scales.element_type == "f16" else Type.f32
+    value = _convert(_constant(weight.codes, f"{module}.codes", store, alive), compute)
+    if weight.zero_points is not None:
+        zero_points = _convert(_constant(weight.zero_points, f"{module}.zero_points", store, alive), compute)
+        value = ops.subtract(value, zero_points)
+    value = ops.multiply(value, _constant(weight.scales, f"{module}.scales", store, alive))
+    if len(weight.codes.shape) == 3:
+        shape = np.array([weight.out_features, weight.in_features], np.int64)
+        value = ops.reshape(value, ops.constant(shape), False)
+    if compute != Type.f32:
+        value = _convert(value, Type.f32)
+    matmuls = _consumers_past_converts(node)
+    for matmul_input in matmuls:
+        matmul = matmul_input.get_node()
+        if matmul.get_type_name() != "MatMul" or matmul_input.get_index() != 1:
+            raise FidelityError("a quantised weight is used by something other than its linear layer", where=module,
+                                expected="MatMul", found=matmul.get_type_name())
+        matmul_input.replace_source_output(value.output(0))
+        if weight.input_order is not None:
+            # Act-order: columns are stored sorted by group, so the activation is gathered in the same order.
+            order = _constant(weight.input_order, f"{module}.input_order", store, alive)
+            gathered = ops.gather(matmul.input_value(0), order, ops.constant(np.array(-1, np.int32)))
+            matmul.input(0).replace_source_output(gathered.output(0))
+
+
+def _consumers_past_converts(node: Any) -> list[Any]:
+    found: list[Any] = []
+    for consumer in node.output(0).get_target_inputs():
+        owner = consumer.get_node()
+        if owner.get_type_name() == "Convert":
+            found.extend(_consumers_past_converts(owner))
+        else:
+            found.append(consumer)
+    return found
+
+
+def _constant(
+    block: Block, name: str, store: WeightStore, alive: list[Any], shape: tuple[int, ...] | None = None
+) -> Any:
+    import openvino as ov
+
+    element_type = getattr(ov.Type, block.element_type)
+    tensor = ov.Tensor(store.view(block), ov.Shape(list(shape or block.shape)), element_type)
+    alive.append(tensor)
+    constant = ov.op.Constant(tensor, shared_memory=True)
+    constant.set_friendly_name(name)
+    return constant
+
+
+def _convert(node: Any, element_type: Any) -> Any:
+    from openvino import opset13 as ops
+
+    return ops.convert(node, element_type.to_string())
+
+
+def _squeezed(shape: Any) -> tuple[int, ...]:
+    return tuple(int(n) for n in shape if int(n) != 1)

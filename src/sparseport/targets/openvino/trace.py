@@ -1,0 +1,163 @@
+"""From a `config.json` to the IR that optimum-intel's own export makes, without any weights."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sparseport.errors import BadInput, Unsupported
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+def load_config(config_json: Path) -> PretrainedConfig:
+    """The transformers config of a `config.json`, as the dense architecture: how weights are stored is left out.
+
+    Raises: BadInput, Unsupported (a model type that transformers does not have).
+    """
+    from transformers import CONFIG_MAPPING
+
+    try:
+        settings = json.loads(config_json.read_text("utf-8"))
+        model_type = settings["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput("the model's config cannot be read", where=config_json, found=repr(error)) from error
+    if model_type not in CONFIG_MAPPING:
+        raise Unsupported("transformers has no such model_type", where=config_json, found=model_type)
+    settings.pop("quantization_config", None)
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(settings)
+    except Exception as error:
+        raise BadInput("transformers refuses the model's config", where=config_json, found=error) from error
+
+
+def empty_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The model with parameters on the meta device and real buffers (rotary frequencies are computed, not stored)."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
+    except Exception as error:
+        raise Unsupported("transformers makes no causal model of this config", found=error) from error
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            unset = float("nan") if buffer.is_floating_point() else 0
+            module._buffers[name] = torch.full_like(buffer, unset, device="cpu")
+    # What transformers itself runs after a load on the meta device. Parameters are still meta, so this costs nothing.
+    model.initialize_weights()
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point() and bool(buffer.isnan().any()):
+            raise Unsupported("a computed buffer has no initial value", where=name)
+    return model.eval()
+
+
+def fill_parameters(model: PreTrainedModel, small: dict[str, npt.NDArray[Any]]) -> None:
+    """Give every parameter storage: the given values for the small ones, one shared block of zeros for all matrices."""
+    import torch
+
+    # numpy asks the system for zero pages and nothing touches them, so the block costs address space only.
+    zeros = torch.from_numpy(np.zeros(max(p.numel() for p in model.parameters()), np.float16))
+    filled: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
+    for name, parameter in model.named_parameters():
+        values = torch.from_numpy(small[name]) if name in small else zeros[: parameter.numel()].view(parameter.shape)
+        filled[parameter] = torch.nn.Parameter(values, requires_grad=False)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            module._parameters[name] = filled[parameter]  # keeps tied parameters tied
+
+
+def export(model: PreTrainedModel, folder: Path) -> None:
+    """Optimum's export of `model`, at its own settings, without its quantisation and without preprocessors."""
+    from optimum.exporters.openvino.convert import export_from_model
+
+    with quiet(), _single_trace(model.config.model_type), _frozen_garbage():
+        try:
+            export_from_model(
+                model, folder, task="text-generation-with-past", stateful=True, patch_16bit_model=True, preprocessors=[]
+            )
+        except Exception as error:
+            raise Unsupported("optimum-intel cannot export this architecture", found=error) from error
+
+
+@contextlib.contextmanager
+def _single_trace(model_type: str) -> Iterator[None]:
+    """Trace once. Optimum lists the model types that torch need not trace a second time for comparison.
+
+    The second trace finds graphs that depend on input values, which the architectures here do not have; it costs as
+    much as the first.
+    """
+    from optimum.exporters.openvino import utils
+
+    listed = utils.SKIP_CHECK_TRACE_MODELS
+    utils.SKIP_CHECK_TRACE_MODELS = (*listed, model_type)
+    try:
+        yield
+    finally:
+        utils.SKIP_CHECK_TRACE_MODELS = listed
+
+
+@contextlib.contextmanager
+def _frozen_garbage() -> Iterator[None]:
+    """Optimum collects garbage after each model; hide the thousands of objects that the imports have made from it."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@contextlib.contextmanager
+def lean_imports() -> Iterator[None]:
+    """For a process that only traces: what is imported inside does without packages that tracing does not need.
+
+    transformers imports scikit-learn for assisted generation and scipy for detection losses when they are installed;
+    OpenVINO's converter reports its use over the network when openvino_telemetry is installed. All three handle a
+    missing package, so these are declared missing. Modules imported inside stay that way: not for a user's process.
+    """
+    from transformers import utils
+    from transformers.utils import import_utils
+
+    names = ("is_sklearn_available", "is_scipy_available")
+    kept = [(module, name, getattr(module, name)) for module in (utils, import_utils) for name in names]
+    hidden = "openvino_telemetry" not in sys.modules
+    for module, name, _ in kept:
+        setattr(module, name, lambda: False)
+    if hidden:
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module, name, function in kept:
+            setattr(module, name, function)
+        if hidden:
+            del sys.modules["openvino_telemetry"]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the tracer's warnings and the libraries' notes off the terminal."""
+    loggers = [logging.getLogger(name) for name in ("optimum", "transformers", "openvino", "nncf", "torch")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

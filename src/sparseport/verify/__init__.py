@@ -1,0 +1,1 @@
+"""Proof: bits and numbers of a written folder, and the certificate that records them."""

@@ -1,0 +1,177 @@
+"""Does the written graph compute the model? Logits of OpenVINO against a torch model made of the read-back weights.
+
+Two answers are given and never mixed. At full precision (f32, no dynamic quantisation of activations, f32 KV cache)
+the two must agree closely; at the runtime's default settings they drift, and the drift is reported.
+Run as a child process, because it loads torch, transformers and the whole dequantised model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+TOLERANCE = 1e-3
+"""Largest allowed |difference of logits| at full precision."""
+
+FULL_PRECISION = {
+    "INFERENCE_PRECISION_HINT": "f32",
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+    "KV_CACHE_PRECISION": "f32",
+}
+
+SAMPLE_TEXT = (
+    "The lighthouse keeper counted 27 ships before noon. Each carried salt, timber or wool, and each paid its toll in "
+    "copper. When the fog came in from the north he lit the lamp, wrote the hour in his book, and waited. "
+    "def toll(ships, rate):\n    return sum(s.weight * rate for s in ships)\n\n"
+    "Question: why does ice float on water? Answer: because water expands when it freezes, so ice is less dense."
+)
+
+# Tokens read in one go, and tokens fed one by one through the KV cache afterwards.
+PREFILL_TOKENS = 96
+DECODE_TOKENS = 16
+
+F32 = npt.NDArray[np.float32]
+
+
+def compare_logits(folder: str) -> dict[str, Any]:
+    """Run reference and folder on the same tokens and compare.
+
+    Args:
+        folder: a written OpenVINO folder (the tokenizer in it is used; without one, fixed pseudo-random tokens are).
+
+    Returns:
+        `full_precision` and `default`, each with `max_abs`, `kl`, `top1` as decimal strings and the settings used;
+        `tokens`, `text` and `tolerance`.
+    """
+    import openvino as ov
+
+    path = Path(folder)
+    model = ov.Core().read_model(path / "openvino_model.xml")
+    tokens, from_text = _tokens(path)
+    reference = reference_logits(path, model, tokens)
+    compared = {}
+    for label, settings in (("full_precision", FULL_PRECISION), ("default", {})):
+        compared[label] = {**drift(reference, _run(model, tokens, settings)), "settings": dict(settings)}
+    return {
+        **compared, "tokens": len(tokens), "prefill_tokens": PREFILL_TOKENS, "tolerance": str(TOLERANCE),
+        "text": "sample" if from_text else "pseudo-random",
+    }
+
+
+def drift(reference: F32, logits: F32) -> dict[str, str]:
+    """How far logits [tokens, vocabulary] are from a reference: max |difference|, mean KL in nats, top-1 agreement."""
+    ref = _log_softmax(reference)
+    got = _log_softmax(logits)
+    kl = float((np.exp(ref) * (ref - got)).sum(axis=1).mean())
+    top1 = float((reference.argmax(axis=1) == logits.argmax(axis=1)).mean())
+    return {
+        "max_abs": f"{float(np.abs(reference - logits).max()):.3e}",
+        "kl": f"{max(kl, 0.0):.3e}",
+        "top1": f"{top1:.4f}",
+    }
+
+
+def reference_logits(folder: Path, model: Any, tokens: list[int]) -> F32:
+    """Logits float32 [tokens, vocabulary] of the Hugging Face model with the graph's weights, dequantised to f32."""
+    import torch
+
+    network = reference_model(folder, model)
+    with torch.no_grad():
+        return np.asarray(network(torch.tensor([tokens])).logits[0].float().numpy())
+
+
+def reference_model(folder: Path, model: Any) -> Any:
+    """The Hugging Face model of `config.json` in float32, filled with the weights read back from the graph.
+
+    Raises:
+        FidelityError: the graph does not hold all of the model's parameters.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from sparseport.errors import FidelityError
+    from sparseport.targets.openvino import readback
+    from sparseport.weights.linear import DenseWeight
+    from sparseport.weights.rounding import dequantize
+
+    config = AutoConfig.from_pretrained(folder)
+    # Built on the meta device and filled layer by layer: nothing is initialised only to be overwritten.
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    state = dict(network.named_parameters())
+    for item in readback.weights(model):
+        name = item.name if item.name in state else f"{item.name}.weight"
+        if name not in state:
+            continue
+        values = item.weight.values if isinstance(item.weight, DenseWeight) else dequantize(item.weight)
+        filled = torch.from_numpy(np.array(values, np.float32).reshape(tuple(state[name].shape)))
+        owner, _, leaf = name.rpartition(".")
+        setattr(network.get_submodule(owner), leaf, torch.nn.Parameter(filled, requires_grad=False))
+    network.tie_weights()
+    missing = [name for name, value in network.named_parameters() if value.is_meta]
+    if missing:
+        raise FidelityError("the graph does not hold all parameters of the model", where=missing[0], found=len(missing))
+    _rebuild_buffers(network, config)
+    return network.eval()
+
+
+def _rebuild_buffers(network: Any, config: Any) -> None:
+    """Buffers such as rotary frequencies are not stored; make the modules that own them again, off the meta device."""
+    for name, module in list(network.named_modules()):
+        if any(buffer is not None and buffer.is_meta for buffer in module._buffers.values()):
+            owner, _, leaf = name.rpartition(".")
+            setattr(network.get_submodule(owner), leaf, type(module)(config))
+
+
+def _run(model: Any, tokens: list[int], settings: dict[str, str]) -> F32:
+    """Logits [tokens, vocabulary]: a prefill, then one token at a time through the KV cache."""
+    import openvino as ov
+
+    request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()
+    inputs = {name for port in request.model_inputs for name in port.get_names()}
+    pieces = []
+    seen = 0
+    for chunk in [tokens[:PREFILL_TOKENS], *([token] for token in tokens[PREFILL_TOKENS:])]:
+        seen += len(chunk)
+        feed = {
+            "input_ids": np.array([chunk], np.int64),
+            "attention_mask": np.ones((1, seen), np.int64),
+            "position_ids": np.arange(seen - len(chunk), seen, dtype=np.int64)[None],
+            "beam_idx": np.zeros(1, np.int32),
+        }
+        request.infer({name: value for name, value in feed.items() if name in inputs})
+        pieces.append(np.array(request.get_tensor("logits").data[0], np.float32))
+    return np.concatenate(pieces)
+
+
+def _tokens(folder: Path) -> tuple[list[int], bool]:
+    import json
+
+    wanted = PREFILL_TOKENS + DECODE_TOKENS
+    if (folder / "tokenizer.json").is_file():
+        from tokenizers import Tokenizer
+
+        ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(SAMPLE_TEXT, add_special_tokens=False).ids
+        if len(ids) >= wanted:
+            return list(ids[:wanted]), True
+    vocabulary = int(json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"])
+    # A linear congruential generator (Numerical Recipes): the same tokens on every machine, without a seed file.
+    state, tokens = 1, []
+    for _ in range(wanted):
+        state = (1664525 * state + 1013904223) % 2**32
+        tokens.append((state >> 8) % vocabulary)
+    return tokens, False
+
+
+def _log_softmax(logits: F32) -> npt.NDArray[np.float64]:
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
+
+
+if __name__ == "__main__":
+    from sparseport.child import serve
+
+    serve(compare_logits)

@@ -1,0 +1,103 @@
+"""Nibble dialects: how each writer lays 4-bit numbers into bytes and words. Nothing else touches nibbles.
+
+    OpenVINO u4 / i4   element 2k in the low nibble of byte k, element 2k+1 in the high nibble, C order
+    GPTQ qweight       int32 [in/8, out], input column 8i+k at bits 4k of word i (low nibble first along `in`)
+    GPTQ qzeros        int32 [groups, out/8], output row 8j+k at bits 4k of word j; v1 stores z - 1, v2 stores z
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import numpy as np
+import numpy.typing as npt
+
+from sparseport.errors import BadInput
+from sparseport.weights.linear import U8
+
+I32 = npt.NDArray[np.int32]
+
+_NIBBLE_SHIFTS = np.arange(0, 32, 4, dtype=np.uint32)
+
+
+class ZeroPointStorage(str, Enum):
+    """What a GPTQ file stores for zero-point z: V1 stores (z - 1) mod 16, V2 stores z."""
+
+    V1 = "v1"
+    V2 = "v2"
+
+
+def pack_nibbles_low_first(codes: U8) -> U8:
+    """Pack 4-bit values, low nibble first.
+
+    Args:
+        codes: uint8, any shape with an even number of elements, values 0..15; flattened in C order.
+
+    Returns:
+        uint8 [elements / 2].
+
+    Raises:
+        BadInput: an odd number of elements.
+    """
+    flat = np.ascontiguousarray(codes).reshape(-1)
+    if flat.size % 2:
+        raise BadInput("an odd number of 4-bit values cannot be packed into bytes", found=flat.size, code="E_PACK")
+    packed: U8 = flat[0::2] | (flat[1::2] << np.uint8(4))
+    return packed
+
+
+def unpack_nibbles_low_first(packed: U8, shape: tuple[int, ...]) -> U8:
+    """Inverse of `pack_nibbles_low_first`: uint8 of `shape`, values 0..15."""
+    flat = np.empty(packed.size * 2, np.uint8)
+    np.bitwise_and(packed.reshape(-1), 15, out=flat[0::2])
+    np.right_shift(packed.reshape(-1), 4, out=flat[1::2])
+    return flat.reshape(shape)
+
+
+def pack_words_low_first(values: U8) -> I32:
+    """Pack groups of eight 4-bit values along axis 0 into int32 words, value k at bits 4k.
+
+    Args:
+        values: uint8 [8*n, m], values 0..15.
+
+    Returns:
+        int32 [n, m].
+
+    Raises:
+        BadInput: the first axis is not a multiple of 8.
+    """
+    rows, cols = values.shape
+    if rows % 8:
+        raise BadInput("GPTQ words hold eight values each", expected="a multiple of 8", found=rows, code="E_PACK")
+    wide = values.reshape(rows // 8, 8, cols).astype(np.uint32) << _NIBBLE_SHIFTS[None, :, None]
+    words: I32 = np.bitwise_or.reduce(wide, axis=1).view(np.int32)
+    return words
+
+
+def unpack_words_low_first(words: I32) -> U8:
+    """Inverse of `pack_words_low_first`: int32 [n, m] -> uint8 [8*n, m]."""
+    n, cols = words.shape
+    wide = (np.ascontiguousarray(words).view(np.uint32)[:, None, :] >> _NIBBLE_SHIFTS[None, :, None]) & np.uint32(15)
+    return wide.astype(np.uint8).reshape(n * 8, cols)
+
+
+def pack_gptq_codes(codes: U8) -> I32:
+    """Codes uint8 [out, in] -> GPTQ `qweight` int32 [in/8, out]."""
+    return pack_words_low_first(np.ascontiguousarray(codes.T))
+
+
+def unpack_gptq_codes(qweight: I32) -> U8:
+    """GPTQ `qweight` int32 [in/8, out] -> codes uint8 [out, in]."""
+    return np.ascontiguousarray(unpack_words_low_first(qweight).T)
+
+
+def pack_gptq_zero_points(zero_points: U8, storage: ZeroPointStorage) -> I32:
+    """Zero-points uint8 [out, groups] -> GPTQ `qzeros` int32 [groups, out/8]."""
+    stored = zero_points if storage is ZeroPointStorage.V2 else (zero_points - np.uint8(1)) & np.uint8(15)
+    return np.ascontiguousarray(pack_words_low_first(np.ascontiguousarray(stored)).T)
+
+
+def unpack_gptq_zero_points(qzeros: I32, storage: ZeroPointStorage) -> U8:
+    """GPTQ `qzeros` int32 [groups, out/8] -> zero-points uint8 [out, groups]; a stored 15 is z = 0 in v1."""
+    stored = unpack_words_low_first(np.ascontiguousarray(qzeros.T))
+    return stored if storage is ZeroPointStorage.V2 else (stored + np.uint8(1)) & np.uint8(15)
