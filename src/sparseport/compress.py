@@ -42,7 +42,9 @@ def compress_folder(
     xml = folder / "openvino_model.xml"
     floating = [layer.module for layer in layers.layers if layer.group_size is None]
     request = recipe.compress.model_dump(mode="json") | {
-        "source": str(xml), "output": str(scratch / "compressed.xml"), "tokenizer": str(folder),
+        "source": str(xml),
+        "output": str(scratch / "compressed.xml"),
+        "tokenizer": str(folder),
         "keep": [f"{module}.weight" for module in floating] if recipe.compress.mode == "none" else [],
         "matrices": [name for name, facts in tensors.items() if len(facts["shape"]) >= 2],
         "embedding": recipe.embedding,
@@ -50,7 +52,7 @@ def compress_folder(
     with Child("sparseport.targets.openvino.nncf_step", request) as child:
         child.result()
     _repair(scratch / "compressed.xml", xml, recipe, sources, set(floating), linears)
-    for name, facts in tensors.items():
+    for facts in tensors.values():
         if recipe.embedding == "int8" and len(facts["shape"]) >= 2:
             facts["stored"] = "nncf int8_asym"
 
@@ -64,15 +66,24 @@ def check_options(recipe: Recipe) -> None:
     options = recipe.compress
     four_bits = options.mode.startswith("int4")
     if (options.scale_estimation or options.gptq) and options.dataset is None:
-        raise UsageError("data-aware compression needs a dataset", where="--compress-dataset",
-                         fix="give a text file, one sample a line")
+        raise UsageError(
+            "data-aware compression needs a dataset",
+            where="--compress-dataset",
+            fix="give a text file, one sample a line",
+        )
     if not four_bits and (options.awq or options.scale_estimation or options.gptq or options.ratio != 1.0):
-        raise UsageError("ratio, awq, scale estimation and gptq belong to 4-bit modes", where="--compress",
-                         found=options.mode)
+        raise UsageError(
+            "ratio, awq, scale estimation and gptq belong to 4-bit modes", where="--compress", found=options.mode
+        )
 
 
 def _repair(
-    compressed: Path, xml: Path, recipe: Recipe, sources: Sources, floating: set[str], linears: dict[str, dict[str, Any]]
+    compressed: Path,
+    xml: Path,
+    recipe: Recipe,
+    sources: Sources,
+    floating: set[str],
+    linears: dict[str, dict[str, Any]],
 ) -> None:
     """Check every compressed layer against its mask, put pruned weights back where allowed, and save."""
     import openvino as ov
@@ -90,20 +101,30 @@ def _repair(
         if mask is not None and back:
             if recipe.mask_policy != "reapply":
                 raise FidelityError(
-                    "NNCF revived pruned weights", where=module, found=f"{back} weights", code="E_MASK",
+                    "NNCF revived pruned weights",
+                    where=module,
+                    found=f"{back} weights",
+                    code="E_MASK",
                     fix="`--mask-policy reapply` prunes them again; without gptq NNCF keeps zeros",
                 )
             weight = prune_again(weight, mask)  # type: ignore[assignment]
             mended.append(_replace_codes(model, item, weight))
             facts["re_pruned"] = back
         facts |= {
-            "bits": weight.bits, "group_size": weight.group_size, "stored_group_size": weight.group_size,
-            "stored": f"{item.element_type} g{weight.group_size}", "compressed_sha256": digest(weight),
+            "bits": weight.bits,
+            "group_size": weight.group_size,
+            "stored_group_size": weight.group_size,
+            "stored": f"{item.element_type} g{weight.group_size}",
+            "compressed_sha256": digest(weight),
         }
     for module in floating:
         if recipe.compress.mode != "none" and "compressed_sha256" not in linears[module]:
-            raise FidelityError("NNCF did not compress this layer", where=module, code="E_COMPRESS",
-                                fix="choose another --compress mode or group size")
+            raise FidelityError(
+                "NNCF did not compress this layer",
+                where=module,
+                code="E_COMPRESS",
+                fix="choose another --compress mode or group size",
+            )
     ov.save_model(model, xml, compress_to_fp16=False)
     del model, mended
 
@@ -114,7 +135,9 @@ def _replace_codes(model: Any, item: readback.ReadBack, weight: QuantizedWeight)
 
     from sparseport.weights.packing import pack_nibbles_low_first
 
-    node = next(op for op in model.get_ops() if op.get_friendly_name() == item.name and op.get_type_name() == "Constant")
+    node = next(
+        op for op in model.get_ops() if op.get_friendly_name() == item.name and op.get_type_name() == "Constant"
+    )
     signed = item.element_type.startswith("i")
     codes = weight.codes ^ np.uint8(2 ** (weight.bits - 1)) if signed else weight.codes
     data = pack_nibbles_low_first(codes) if weight.bits == 4 else np.ascontiguousarray(codes)

@@ -58,7 +58,7 @@ class SparseportError(Exception):
             "where": self.where and printable(self.where),
             "expected": self.expected and printable(self.expected),
             "found": self.found and printable(self.found),
-            "fix": self.fix,
+            "fix": self.fix and printable(self.fix),
         }
 
 
@@ -112,5 +112,5 @@ class EnvironmentProblem(SparseportError):
 
 
 def printable(text: str) -> str:
-    """Text from a file, made safe for a terminal: control characters become their escapes."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii") for c in text)
+    """Text from a file, made safe for a terminal and for one line: control characters become their escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

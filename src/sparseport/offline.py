@@ -13,5 +13,11 @@ def go_offline() -> None:
     fall back to stubs of their own; their documented opt-out is a file in the user's home, which is not ours to write.
     """
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-    for name, value in (("HF_HUB_OFFLINE", "1"), ("HF_HUB_DISABLE_TELEMETRY", "1"), ("TOKENIZERS_PARALLELISM", "false")):
+    for name, value in (
+        ("HF_HUB_OFFLINE", "1"),
+        ("HF_HUB_DISABLE_TELEMETRY", "1"),
+        ("TOKENIZERS_PARALLELISM", "false"),
+        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+        ("TRANSFORMERS_VERBOSITY", "error"),
+    ):
         os.environ.setdefault(name, value)

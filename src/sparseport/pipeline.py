@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 
 from sparseport.child import Child
+from sparseport.compress import compress_folder
 from sparseport.errors import FidelityError
-from sparseport.merge.layer import Merged, merge_layer
-from sparseport.plan import LayerPlan, Plan, make_plan, require_exportable
+from sparseport.merge.layer import Merged
+from sparseport.plan import LayerPlan, Plan, make_plan, merge_planned, require_exportable
 from sparseport.progress import Progress
 from sparseport.publish import check_space, staged_output
 from sparseport.recipe import Recipe
 from sparseport.sources import Sources, open_sources
 from sparseport.targets.openvino import readback
-from sparseport.compress import compress_folder
 from sparseport.targets.openvino.writer import XML, OpenVinoWriter, as_stored
 from sparseport.verify.bits import digest_linears, digest_tensors
 from sparseport.verify.certificate import SCHEMA, Certificate, decimal, file_facts
@@ -40,8 +40,12 @@ class ExportResult:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for `--json`."""
-        return {"folder": str(self.folder), "notes": self.notes, "totals": self.certificate.totals,
-                "numerics": self.certificate.body["numerics"]}
+        return {
+            "folder": str(self.folder),
+            "notes": self.notes,
+            "totals": self.certificate.totals,
+            "numerics": self.certificate.body["numerics"],
+        }
 
 
 def plan(recipe: Recipe) -> Plan:
@@ -77,9 +81,7 @@ def export(recipe: Recipe, progress: Progress | None = None) -> ExportResult:
     return ExportResult(recipe.output, certificate, layers.notes)
 
 
-def _export_openvino(
-    recipe: Recipe, sources: Sources, layers: Plan, stage: Path, progress: Progress
-) -> Certificate:
+def _export_openvino(recipe: Recipe, sources: Sources, layers: Plan, stage: Path, progress: Progress) -> Certificate:
     with tempfile.TemporaryDirectory(prefix="scratch-", dir=stage) as scratch_name:
         scratch = Path(scratch_name)
         base = sources.base
@@ -101,18 +103,24 @@ def _export_openvino(
     if recipe.numerics:
         with progress.task("comparing logits"):
             numerics = check_numerics(stage)
-    return Certificate({
-        "schema": SCHEMA,
-        "sparseport": version("sparseport"),
-        "recipe": _recipe_facts(recipe),
-        "inputs": inputs,
-        "linears": linears,
-        "tensors": tensors,
-        "totals": _totals(linears),
-        "numerics": numerics,
-        "versions": {**writer.versions, "numpy": np.__version__},
-        "files": {path.relative_to(stage).as_posix(): file_facts(path) for path in sorted(stage.rglob("*")) if path.is_file()},
-    })
+    return Certificate(
+        {
+            "schema": SCHEMA,
+            "sparseport": version("sparseport"),
+            "recipe": _recipe_facts(recipe),
+            "inputs": inputs,
+            "linears": linears,
+            "tensors": tensors,
+            "totals": _totals(linears),
+            "numerics": numerics,
+            "versions": {**writer.versions, "numpy": np.__version__},
+            "files": {
+                path.relative_to(stage).as_posix(): file_facts(path)
+                for path in sorted(stage.rglob("*"))
+                if path.is_file()
+            },
+        }
+    )
 
 
 def _merge_all(
@@ -128,25 +136,15 @@ def _merge_all(
     return facts
 
 
-def merge_planned(recipe: Recipe, sources: Sources, layer: LayerPlan) -> Merged:
-    """Merge one planned layer from open sources."""
-    base: QuantizedWeight | DenseWeight
-    sparse = None
-    if layer.group_size is not None:
-        base = sources.quantized(layer.module)
-        sparse = sources.sparse_dense(layer.module) if sources.mask_available(layer.module) else None
-    else:
-        base = sources.dense(layer.module, layer.rule)
-    branch = None if layer.rule == "carry" else sources.branch(layer.module)
-    return merge_layer(layer.rule, base, branch, sparse, layer.module, rounding=recipe.rounding,
-                       mask_policy=recipe.mask_policy)
-
-
 def _linear_facts(layer: LayerPlan, merged: Merged, sources: Sources, recipe: Recipe) -> dict[str, Any]:
     weight = merged.weight
     facts: dict[str, Any] = {
-        "rule": layer.rule, "shape": list(layer.shape), "source": layer.source, "stored": layer.stored,
-        "weight_sha256": _written_digest(weight), "readback": {},
+        "rule": layer.rule,
+        "shape": list(layer.shape),
+        "source": layer.source,
+        "stored": layer.stored,
+        "weight_sha256": _written_digest(weight),
+        "readback": {},
     }
     if layer.rank is not None and sources.adapter is not None:
         facts |= {"rank": layer.rank, "scaling": decimal(sources.branch(layer.module).scaling)}
@@ -155,11 +153,19 @@ def _linear_facts(layer: LayerPlan, merged: Merged, sources: Sources, recipe: Re
     elif layer.rule in ("lora", "sparse_peft"):
         facts |= {"compute_dtype": "float32"}
     if isinstance(weight, QuantizedWeight):
-        facts |= {"bits": weight.bits, "group_size": weight.group_size, "stored_group_size": layer.stored_group,
-                  "act_order": weight.input_order is not None}
+        facts |= {
+            "bits": weight.bits,
+            "group_size": weight.group_size,
+            "stored_group_size": layer.stored_group,
+            "act_order": weight.input_order is not None,
+        }
     if weight.mask is not None:
-        facts |= {"mask_sha256": mask_digest(weight.mask), "sparsity": decimal(sparsity(weight.mask)),
-                  "pruned": int(weight.mask.size - np.count_nonzero(weight.mask)), "revived": merged.revived}
+        facts |= {
+            "mask_sha256": mask_digest(weight.mask),
+            "sparsity": decimal(sparsity(weight.mask)),
+            "pruned": int(weight.mask.size - np.count_nonzero(weight.mask)),
+            "revived": merged.revived,
+        }
     if merged.re_pruned:
         facts["re_pruned"] = merged.re_pruned
     return facts
@@ -180,9 +186,7 @@ def _widened_scales(weight: QuantizedWeight | DenseWeight) -> QuantizedWeight | 
     return weight
 
 
-def _add_tensors(
-    recipe: Recipe, sources: Sources, layers: Plan, writer: OpenVinoWriter
-) -> dict[str, dict[str, Any]]:
+def _add_tensors(recipe: Recipe, sources: Sources, layers: Plan, writer: OpenVinoWriter) -> dict[str, dict[str, Any]]:
     """Hand embedding, head and other tensors over; small ones are in the graph already."""
     facts: dict[str, dict[str, Any]] = {}
     for name in layers.tensors:
@@ -194,7 +198,10 @@ def _add_tensors(
         else:
             stored = values
         facts[name] = {
-            "shape": list(values.shape), "source_dtype": values.dtype.name, "changed": changed, "readback": {},
+            "shape": list(values.shape),
+            "source_dtype": values.dtype.name,
+            "changed": changed,
+            "readback": {},
             "value_sha256": value_digest(stored),
         }
     return facts
@@ -220,8 +227,13 @@ def _check_read_back(
     for module, facts in linears.items():
         expected = facts.get("compressed_sha256", facts["weight_sha256"])
         if found.get(module) != expected:
-            raise FidelityError("the written weight is not the merged one", where=f"{xml.name}, {module}",
-                                expected=expected[:16], found=str(found.get(module))[:16], code="E_READBACK")
+            raise FidelityError(
+                "the written weight is not the merged one",
+                where=f"{xml.name}, {module}",
+                expected=expected[:16],
+                found=str(found.get(module))[:16],
+                code="E_READBACK",
+            )
         facts["readback"]["openvino"] = found[module]
     exact = {item.name: item.weight for item in readback.weights(model) if item.name in tensors}
     digests = digest_tensors(model, tensors)
@@ -231,7 +243,9 @@ def _check_read_back(
             weight is not None and value_digest(weight.values.reshape(facts["shape"])) == facts["value_sha256"]
         )
         if not same:
-            raise FidelityError("the written tensor is not the source's", where=f"{xml.name}, {name}", code="E_READBACK")
+            raise FidelityError(
+                "the written tensor is not the source's", where=f"{xml.name}, {name}", code="E_READBACK"
+            )
         facts["readback"]["openvino"] = digests[name]
 
 
@@ -245,9 +259,14 @@ def check_numerics(folder: Path) -> dict[str, Any]:
         result = child.result()
     largest = float(result["full_precision"]["max_abs"])
     if not largest <= TOLERANCE:  # NaN fails too
-        raise FidelityError("logits differ from the dequantised reference at full precision", where=folder.name,
-                            expected=f"max |difference| <= {TOLERANCE}", found=result["full_precision"]["max_abs"],
-                            code="E_NUMERICS", fix="report this with the model's config; `--no-numerics` skips the check")
+        raise FidelityError(
+            "logits differ from the dequantised reference at full precision",
+            where=folder.name,
+            expected=f"max |difference| <= {TOLERANCE}",
+            found=result["full_precision"]["max_abs"],
+            code="E_NUMERICS",
+            fix="report this with the model's config; `--no-numerics` skips the check",
+        )
     return {"run": True, **result}
 
 
@@ -257,7 +276,10 @@ def _totals(linears: dict[str, dict[str, Any]]) -> dict[str, Any]:
     pruned = sum(facts["pruned"] for facts in masked)
     covered = sum(int(np.prod(facts["shape"])) for facts in masked)
     return {
-        "linears": len(linears), "weights": weights, "masked_weights": covered, "pruned": pruned,
+        "linears": len(linears),
+        "weights": weights,
+        "masked_weights": covered,
+        "pruned": pruned,
         "revived": sum(facts["revived"] for facts in masked),
         "sparsity": decimal(pruned / covered) if covered else "0.000000",
         "int4_linears": sum(1 for facts in linears.values() if facts.get("bits") == 4),
@@ -274,8 +296,11 @@ def _dtype_label(recipe: Recipe, layers: Plan) -> str:
 def _recipe_facts(recipe: Recipe) -> dict[str, Any]:
     """The recipe without paths and without real numbers."""
     data = recipe.model_dump(mode="json", exclude={"base", "sparse_base", "adapter", "output", "overwrite"})
-    data["compress"] = {key: decimal(value) if isinstance(value, float) else value
-                        for key, value in data["compress"].items() if key != "dataset"}
+    data["compress"] = {
+        key: decimal(value) if isinstance(value, float) else value
+        for key, value in data["compress"].items()
+        if key != "dataset"
+    }
     if data["sub_adapter"] not in ("maximal", "heuristic", "minimal"):
         data["sub_adapter"] = "custom"
     return data

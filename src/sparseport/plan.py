@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 
 from sparseport.errors import BadInput, FidelityError, SparseportError, Unsupported
+from sparseport.merge.layer import Merged, merge_layer
 from sparseport.recipe import Recipe
 from sparseport.sources import SPARSE_FROM, Sources
 from sparseport.weights.grouping import openvino_group_size
+from sparseport.weights.linear import DenseWeight, QuantizedWeight
 
 # What the frontend process (torch, transformers, optimum-intel and the traced graph) takes, measured.
 _FRONTEND_MIB = 520
@@ -61,7 +63,8 @@ class Plan:
             "layers": [vars(layer) for layer in self.layers],
             "tensors": self.tensors,
             "estimates": {
-                "output_mib": self.output_bytes >> 20, "scratch_mib": self.scratch_bytes >> 20,
+                "output_mib": self.output_bytes >> 20,
+                "scratch_mib": self.scratch_bytes >> 20,
                 "memory_mib": self.memory_mib,
             },
             "refused": len(self.refusals),
@@ -112,8 +115,24 @@ def require_exportable(plan: Plan) -> None:
         first = plan.refusals[0]
         raise Unsupported(
             f"{len(plan.refusals)} of {len(plan.layers)} layers cannot be exported; the first: {first.refused}",
-            where=first.module, fix="`--dry-run` lists all of them",
+            where=first.module,
+            fix="`--dry-run` lists all of them",
         )
+
+
+def merge_planned(recipe: Recipe, sources: Sources, layer: LayerPlan) -> Merged:
+    """Merge one planned layer from open sources."""
+    base: QuantizedWeight | DenseWeight
+    sparse = None
+    if layer.group_size is not None:
+        base = sources.quantized(layer.module)
+        sparse = sources.sparse_dense(layer.module) if sources.mask_available(layer.module) else None
+    else:
+        base = sources.dense(layer.module, layer.rule)
+    branch = None if layer.rule == "carry" else sources.branch(layer.module)
+    return merge_layer(
+        layer.rule, base, branch, sparse, layer.module, rounding=recipe.rounding, mask_policy=recipe.mask_policy
+    )
 
 
 def _plan_layer(module: str, adapted: bool, recipe: Recipe, sources: Sources) -> LayerPlan:
@@ -130,8 +149,16 @@ def _plan_layer(module: str, adapted: bool, recipe: Recipe, sources: Sources) ->
         group = shape[1] if sources.gptq.group_size == -1 else sources.gptq.group_size
         stored_group = openvino_group_size(group, shape[1], module)
         kind = "sym" if sources.gptq.sym else "asym"
-        return LayerPlan(module, rule, shape, f"int4 g{group} {kind}", f"{'i4' if sources.gptq.sym else 'u4'} g{stored_group}",
-                         group, stored_group, rank)
+        return LayerPlan(
+            module,
+            rule,
+            shape,
+            f"int4 g{group} {kind}",
+            f"{'i4' if sources.gptq.sym else 'u4'} g{stored_group}",
+            group,
+            stored_group,
+            rank,
+        )
     dtype = sources.base.info(f"{module}.weight").dtype.name
     stored = "f16" if dtype == "float16" else "f32"
     if recipe.compress.mode != "none":
@@ -152,23 +179,36 @@ def _rule(module: str, quantized: bool, sources: Sources) -> str:
     assert adapter is not None
     if adapter.quantization_aware:
         if not quantized:
-            raise BadInput("a quantization-aware adapter needs the INT4 base it was trained on", where=module,
-                           found="a floating-point base", fix="give the GPTQ folder as --base", code="E_PAIRING")
+            raise BadInput(
+                "a quantization-aware adapter needs the INT4 base it was trained on",
+                where=module,
+                found="a floating-point base",
+                fix="give the GPTQ folder as --base",
+                code="E_PAIRING",
+            )
         if sources.sparse is None:
-            raise BadInput("a quantization-aware adapter needs the sparse base as well", where=module,
-                           fix="give --sparse-base DIR: mask and weights before quantisation", code="E_SPARSE_BASE")
+            raise BadInput(
+                "a quantization-aware adapter needs the sparse base as well",
+                where=module,
+                fix="give --sparse-base DIR: mask and weights before quantisation",
+                code="E_SPARSE_BASE",
+            )
         return "qa_sparse_peft"
     if quantized:
         raise FidelityError(
-            "merging this adapter into INT4 would re-quantise the base", where=module, code="E_RULE",
+            "merging this adapter into INT4 would re-quantise the base",
+            where=module,
+            code="E_RULE",
             fix="train it with quantization_aware (QA-SparsePEFT), or merge into the floating-point base",
         )
     if adapter.sparse_adapter:
         return "sparse_peft"
     if sources.dense(module).mask is not None:
         raise FidelityError(
-            f"a dense LoRA merge would fill a base layer that is more than {SPARSE_FROM:.0%} zeros", where=module,
-            code="E_RULE", fix="train with sparse_adapter (SparsePEFT) and merge with rule sparse_peft",
+            f"a dense LoRA merge would fill a base layer that is more than {SPARSE_FROM:.0%} zeros",
+            where=module,
+            code="E_RULE",
+            fix="train with sparse_adapter (SparsePEFT) and merge with rule sparse_peft",
         )
     return "lora"
 
@@ -204,11 +244,15 @@ def _notes(recipe: Recipe, sources: Sources, layers: list[LayerPlan]) -> list[st
     split = [layer for layer in layers if layer.stored_group != layer.group_size]
     if split:
         first = split[0]
-        notes.append(f"{len(split)} layers are regrouped losslessly, group {first.group_size} -> {first.stored_group}, "
-                     "because OpenVINO computes the original group size wrongly")
+        notes.append(
+            f"{len(split)} layers are regrouped losslessly, group {first.group_size} -> {first.stored_group}, "
+            "because OpenVINO computes the original group size wrongly"
+        )
     if sources.gptq is not None and sources.sparse is None:
-        notes.append("no sparse base was given: pruned weights cannot be told from weights that are zero by rounding, "
-                     "so the certificate states digests but no mask")
+        notes.append(
+            "no sparse base was given: pruned weights cannot be told from weights that are zero by rounding, "
+            "so the certificate states digests but no mask"
+        )
     if recipe.compress.mode != "none" and all(layer.stored_group for layer in layers):
         notes.append("--compress has nothing to do: every layer is INT4 already and stays as it is")
     return notes

@@ -8,6 +8,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+from sparseport.errors import printable
 
 Step = Callable[[], None]
 """Call it once for each unit of work done."""
@@ -49,7 +52,7 @@ class Progress:
     def note(self, message: str) -> None:
         """Say something worth knowing once (a warning, a choice that was made)."""
         if self.style == "bars":
-            print(message, file=sys.stderr)
+            print(printable(message), file=sys.stderr)
         else:
             self._line({"note": message})
 
@@ -60,7 +63,7 @@ class Progress:
             print(json.dumps(fields), file=sys.stderr, flush=True)
         except BrokenPipeError:
             # Whoever read the progress went away; the job itself goes on.
-            sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+            sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
 
 
 @contextmanager

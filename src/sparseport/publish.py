@@ -26,7 +26,7 @@ def staged_output(output: Path, overwrite: bool = False) -> Iterator[Path]:
         OutputExists: `output` is there and `overwrite` is false, or another process is writing it.
         EnvironmentProblem: the parent is not a writable folder, or the disk fills up.
     """
-    output = Path(os.path.abspath(output))
+    output = Path(output).absolute()
     if output.is_symlink() and not output.exists():
         raise EnvironmentProblem("output is a dangling symbolic link", where=output, fix="choose another --output")
     output = output.resolve()
@@ -38,12 +38,14 @@ def staged_output(output: Path, overwrite: bool = False) -> Iterator[Path]:
     if not os.access(parent, os.W_OK | os.X_OK):
         raise EnvironmentProblem("the output's folder is not writable", where=parent)
     with _locked(parent / f"{TEMP_PREFIX}{output.name}.lock", output):
-        if output.exists() and not overwrite:
-            raise OutputExists("output exists already", where=output, fix="choose another --output or give --overwrite")
         stage = parent / f"{TEMP_PREFIX}{output.name}"
         aside = parent / f"{TEMP_PREFIX}{output.name}.old"
         if aside.exists() and not output.exists():
             aside.rename(output)  # a run was killed between its two renames: the old output is still whole
+        if output.exists() and not output.is_dir():
+            raise OutputExists("output is a file, not a folder", where=output, fix="choose another --output")
+        if output.exists() and not overwrite:
+            raise OutputExists("output exists already", where=output, fix="choose another --output or give --overwrite")
         for leftover in (stage, aside):
             shutil.rmtree(leftover, ignore_errors=True)
         try:
@@ -56,13 +58,18 @@ def staged_output(output: Path, overwrite: bool = False) -> Iterator[Path]:
             _sync_folder(parent)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                free = shutil.disk_usage(parent).free >> 20
                 raise EnvironmentProblem(
-                    "no space left for the output", where=parent, code="E_NOSPC",
-                    found=f"{shutil.disk_usage(parent).free >> 20} MiB free", fix="free some space or choose another --output",
+                    "no space left for the output",
+                    where=parent,
+                    code="E_NOSPC",
+                    found=f"{free} MiB free",
+                    fix="free some space or choose another --output",
                 ) from error
             if error.errno in (errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM):
-                raise EnvironmentProblem("cannot write the output", where=error.filename or parent,
-                                         found=error.strerror) from error
+                raise EnvironmentProblem(
+                    "cannot write the output", where=error.filename or parent, found=error.strerror
+                ) from error
             raise
         finally:
             shutil.rmtree(stage, ignore_errors=True)
@@ -84,9 +91,14 @@ def check_space(output: Path, needed: int) -> None:
         parent = parent.parent
     free = shutil.disk_usage(parent).free
     if free < needed:
-        raise EnvironmentProblem("not enough disk space", where=parent, expected=f"{needed >> 20} MiB",
-                                 found=f"{free >> 20} MiB free", code="E_NOSPC",
-                                 fix="free some space or choose another --output")
+        raise EnvironmentProblem(
+            "not enough disk space",
+            where=parent,
+            expected=f"{needed >> 20} MiB",
+            found=f"{free >> 20} MiB free",
+            code="E_NOSPC",
+            fix="free some space or choose another --output",
+        )
 
 
 @contextmanager
@@ -98,23 +110,33 @@ def _locked(lock: Path, output: Path) -> Iterator[None]:
         with _exclusive_file(lock, output):
             yield
         return
-    handle = os.open(lock, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
-    try:
+    while True:
+        try:
+            handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise EnvironmentProblem("cannot lock the output", where=lock, found=error.strerror) from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            os.close(handle)
             raise OutputExists("another export is writing this output", where=output, code="E_LOCKED") from error
+        if _is_at(handle, lock):
+            break
+        os.close(handle)  # its owner removed the file between our open and our lock: lock the new one
+    try:
         yield
-        # Unlinked while still held: whoever opened it meanwhile fails the rename-free check below and tries again.
-        with contextlib.suppress(FileNotFoundError):
-            lock.unlink()
-    except BaseException as error:
-        if not isinstance(error, OutputExists) or error.code != "E_LOCKED":
-            with contextlib.suppress(FileNotFoundError):
-                lock.unlink()
-        raise
     finally:
+        with contextlib.suppress(FileNotFoundError):
+            lock.unlink()  # while it is still held, see above
         os.close(handle)
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether the open file is the one that now stands at `path`."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager
@@ -122,8 +144,12 @@ def _exclusive_file(lock: Path, output: Path) -> Iterator[None]:
     try:
         handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError as error:
-        raise OutputExists("another export is writing this output", where=output, code="E_LOCKED",
-                           fix=f"if no export is running, delete {lock.name}") from error
+        raise OutputExists(
+            "another export is writing this output",
+            where=output,
+            code="E_LOCKED",
+            fix=f"if no export is running, delete {lock.name}",
+        ) from error
     try:
         yield
     finally:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from sparseport.errors import BadInput, UsageError
 from sparseport.weights.packing import ZeroPointStorage
@@ -14,9 +15,23 @@ from sparseport.weights.rounding import RoundingRule
 Target = Literal["openvino"]
 Compress = Literal["none", "int8_sym", "int8_asym", "int4_sym", "int4_asym"]
 
+_Model = TypeVar("_Model", bound=BaseModel)
+
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+def _group_size(value: int) -> int:
+    if value == 0:
+        raise ValueError("a group has at least one column; -1 is one group per row")
+    return value
+
+
+def _search_space(ranks: tuple[int, ...]) -> tuple[int, ...]:
+    if any(left <= right for left, right in pairwise(ranks)) or ranks[-1] < 1:
+        raise ValueError("ranks are whole numbers above 0, the largest first, each once")
+    return ranks
 
 
 class CompressionRecipe(_Strict):
@@ -24,7 +39,9 @@ class CompressionRecipe(_Strict):
 
     mode: Compress = Field("none", description="NNCF mode for floating-point layers")
     ratio: float = Field(1.0, ge=0.0, le=1.0, description="share of layers in 4 bits, the rest in 8 (4-bit modes)")
-    group_size: int = Field(64, ge=-1, description="input columns per group (4-bit modes); -1: one group per row")
+    group_size: Annotated[int, AfterValidator(_group_size)] = Field(
+        64, ge=-1, description="input columns per group (4-bit modes); -1: one group per row"
+    )
     awq: bool = Field(False, description="NNCF's AWQ")
     scale_estimation: bool = Field(False, description="NNCF's scale estimation (needs a dataset)")
     gptq: bool = Field(False, description="NNCF's GPTQ (needs a dataset; revives pruned weights)")
@@ -85,14 +102,19 @@ class FinetuneRecipe(_Strict):
     method: Literal["lora", "sparse_peft", "qa_sparse_peft"] = "qa_sparse_peft"
     task: str = Field("home-commands", description="a task that ships with the package, or a JSONL file")
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
-    elastic_modules: tuple[str, ...] = Field(("q_proj", "k_proj", "v_proj"), description="modules whose rank is elastic")
-    search_space: tuple[int, ...] = Field((32, 24, 16), min_length=1, description="ranks, largest first")
+    elastic_modules: tuple[str, ...] = Field(
+        ("q_proj", "k_proj", "v_proj"), description="modules whose rank is elastic"
+    )
+    search_space: Annotated[tuple[int, ...], AfterValidator(_search_space)] = Field(
+        (32, 24, 16), min_length=1, description="ranks, largest first"
+    )
     alpha: float = Field(64.0, gt=0)
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     learning_rate: float = Field(3e-4, gt=0)
     steps: int = Field(100, ge=1)
     batch_size: int = Field(16, ge=1)
     warmup_steps: int = Field(10, ge=0)
+    test_items: int = Field(200, ge=1, description="items of the test split to measure on")
     seed: int = 0
 
 
@@ -106,8 +128,13 @@ class Job(_Strict):
     export: Recipe
 
 
-def load_job(path: Path, settings: tuple[str, ...] = ()) -> Job:
-    """Read a recipe file and apply `key=value` overrides (dotted keys, YAML values).
+def load_job(path: Path, settings: tuple[str, ...] = (), export: dict[str, Any] | None = None) -> Job:
+    """Read a recipe file and apply overrides.
+
+    Args:
+        path: the YAML file.
+        settings: `key=value` overrides (dotted keys, YAML values).
+        export: fields of the `export` section that win over the file's.
 
     Raises:
         BadInput: the file is missing, not YAML, or holds something that a recipe does not know.
@@ -122,6 +149,8 @@ def load_job(path: Path, settings: tuple[str, ...] = ()) -> Job:
     if not isinstance(data, dict):
         raise BadInput("a recipe is a mapping", where=path, found=type(data).__name__)
     apply_settings(data, settings)
+    if export:
+        _overlay(data, {"export": export})
     return _checked(Job, data, str(path))
 
 
@@ -152,10 +181,21 @@ def apply_settings(data: dict[str, Any], settings: tuple[str, ...]) -> None:
             node = node.setdefault(part, {}) if isinstance(node, dict) else None
         if not isinstance(node, dict):
             raise UsageError("override leads through a value", where="--set", found=setting)
-        node[last] = yaml.safe_load(value)
+        try:
+            node[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UsageError("the value of an override is not YAML", where="--set", found=setting) from error
 
 
-def _checked(kind: Any, data: dict[str, Any], where: str) -> Any:
+def _overlay(data: dict[str, Any], changes: dict[str, Any]) -> None:
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(data.get(key), dict):
+            _overlay(data[key], value)
+        else:
+            data[key] = value
+
+
+def _checked(kind: type[_Model], data: dict[str, Any], where: str) -> _Model:
     try:
         return kind.model_validate(data)
     except ValidationError as error:
@@ -163,6 +203,9 @@ def _checked(kind: Any, data: dict[str, Any], where: str) -> Any:
         field = ".".join(str(part) for part in first["loc"])
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
         raise BadInput(
-            f"recipe field {field!r}: {first['msg']}{more}", where=where, found=repr(first.get("input"))[:80],
-            code="E_RECIPE", fix="`sparseport export --help` lists the fields",
+            f"recipe field {field!r}: {first['msg']}{more}",
+            where=where,
+            found=repr(first.get("input"))[:80],
+            code="E_RECIPE",
+            fix="`sparseport export --help` lists the fields",
         ) from None

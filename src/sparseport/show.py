@@ -26,8 +26,10 @@ def show_plan(plan: Plan) -> None:
     console.print(table)
     rules = Counter(layer.rule for layer in plan.layers)
     console.print("rules: " + ", ".join(f"{rule} {count}" for rule, count in sorted(rules.items())))
-    console.print(f"output {plan.output_bytes >> 20} MiB, scratch {plan.scratch_bytes >> 20} MiB on disk; "
-                  f"memory about {plan.memory_mib} MiB")
+    console.print(
+        f"output {plan.output_bytes >> 20} MiB, scratch {plan.scratch_bytes >> 20} MiB on disk; "
+        f"memory about {plan.memory_mib} MiB"
+    )
     for note in plan.notes:
         console.print(f"note: {note}")
 
@@ -37,10 +39,14 @@ def show_export(result: ExportResult) -> None:
     console = Console()
     totals = result.certificate.totals
     console.print(f"[bold]{result.folder}[/bold]")
-    console.print(f"  {totals['linears']} linear layers, {totals['weights']:,} weights, {totals['int4_linears']} in INT4")
+    console.print(
+        f"  {totals['linears']} linear layers, {totals['weights']:,} weights, {totals['int4_linears']} in INT4"
+    )
     if totals["masked_weights"]:
-        console.print(f"  sparsity {float(totals['sparsity']):.2%}: {totals['pruned']:,} pruned, "
-                      f"{totals['revived']:,} of them not zero")
+        console.print(
+            f"  sparsity {float(totals['sparsity']):.2%}: {totals['pruned']:,} pruned, "
+            f"{totals['revived']:,} of them not zero"
+        )
     console.print("  read back from disk: 0 differences")
     if result.certificate.body["numerics"]["run"]:
         show_numerics(result.certificate.body["numerics"])
@@ -62,8 +68,10 @@ def show_verdict(verdict: Verdict) -> None:
     console = Console()
     for difference in verdict.differences:
         console.print(f"[red]{printable(difference)}[/red]", soft_wrap=True)
-    console.print(f"{len(verdict.differences)} differences in {verdict.files} files, {verdict.linears} linear layers and "
-                  f"{verdict.tensors} other tensors")
+    console.print(
+        f"{len(verdict.differences)} differences in {verdict.files} files, {verdict.linears} linear layers and "
+        f"{verdict.tensors} other tensors"
+    )
 
 
 def show_demo(result: dict[str, Any]) -> None:
@@ -75,6 +83,8 @@ def show_demo(result: dict[str, Any]) -> None:
     console.print(table)
     console.print(f"asked:    {result['example']['prompt']}")
     console.print(f"answered: {result['example']['answer']}")
-    console.print(f"codes that differ between training forward and merge: {result['code_differences']['different']} of "
-                  f"{result['code_differences']['codes']:,}")
+    console.print(
+        f"codes that differ between training forward and merge: {result['code_differences']['different']} of "
+        f"{result['code_differences']['codes']:,}"
+    )
     console.print(f"verify: {len(result['differences'])} differences; folder {result['folder']}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparseport.checkpoints.elastic import FILE_NAME as ELASTIC_FILE
 from sparseport.checkpoints.elastic import choose_ranks, read_search_space
 from sparseport.checkpoints.folder import ModelFolder
 from sparseport.checkpoints.gptq import GptqConfig, read_gptq_linear, read_quantization_config
@@ -15,8 +16,6 @@ from sparseport.errors import BadInput
 from sparseport.recipe import Recipe
 from sparseport.weights.linear import Array, DenseWeight, LowRankBranch, Mask, QuantizedWeight
 from sparseport.weights.mask import mask_of
-
-ELASTIC_FILE = "elastic_adapter_config.json"
 
 # A trained floating-point layer has next to no exact zeros; a layer above this share was pruned.
 SPARSE_FROM = 0.05
@@ -143,20 +142,32 @@ def open_sources(recipe: Recipe) -> Sources:
 
 def _check_same_shape(base: ModelFolder, sparse: ModelFolder) -> None:
     if sparse.config.get("quantization_config") is not None:
-        raise BadInput("the sparse base is quantised; its floating-point original is needed", where=sparse.path,
-                       fix="give the sparse model as it was before quantisation", code="E_PAIRING")
+        raise BadInput(
+            "the sparse base is quantised; its floating-point original is needed",
+            where=sparse.path,
+            fix="give the sparse model as it was before quantisation",
+            code="E_PAIRING",
+        )
     for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size"):
         if base.config.get(key) != sparse.config.get(key):
-            raise BadInput(f"base and sparse base differ in {key}", where=sparse.path, expected=base.config.get(key),
-                           found=sparse.config.get(key), code="E_PAIRING")
+            raise BadInput(
+                f"base and sparse base differ in {key}",
+                where=sparse.path,
+                expected=base.config.get(key),
+                found=sparse.config.get(key),
+                code="E_PAIRING",
+            )
 
 
 def _sub_adapter_ranks(adapter: AdapterFolder, folder: Path, choice: str) -> dict[str, int]:
     space_file = folder / ELASTIC_FILE
     if not space_file.is_file():
         if choice != "maximal":
-            raise BadInput("the adapter has no search space to choose a sub-adapter from", where=space_file,
-                           fix="leave --sub-adapter away, or put elastic_adapter_config.json beside the adapter")
+            raise BadInput(
+                "the adapter has no search space to choose a sub-adapter from",
+                where=space_file,
+                fix="leave --sub-adapter away, or put elastic_adapter_config.json beside the adapter",
+            )
         return {}
     groups = read_search_space(space_file)
     selected = choice if choice in ("maximal", "heuristic", "minimal") else Path(choice)

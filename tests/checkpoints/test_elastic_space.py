@@ -23,10 +23,13 @@ def write(path, value):
 
 
 def test_file_of_sqft(tmp_path):
-    path = write(tmp_path / "elastic_adapter_config.json", [
-        {"target": [target(Q), target(K)], "search_space": [32, 28, 24, 20]},
-        {"target": [target(UP) + ".default"], "search_space": [16, 12, 8]},
-    ])
+    path = write(
+        tmp_path / "elastic_adapter_config.json",
+        [
+            {"target": [target(Q), target(K)], "search_space": [32, 28, 24, 20]},
+            {"target": [target(UP) + ".default"], "search_space": [16, 12, 8]},
+        ],
+    )
     assert read_search_space(path) == GROUPS
 
 
@@ -40,9 +43,14 @@ def test_written_form_is_literal(tmp_path):
     assert read_search_space(path) == GROUPS
 
 
-@pytest.mark.parametrize(("choice", "first", "second"), [
-    ("maximal", 32, 16), ("heuristic", 28, 12), ("minimal", 20, 8),
-])
+@pytest.mark.parametrize(
+    ("choice", "first", "second"),
+    [
+        ("maximal", 32, 16),
+        ("heuristic", 28, 12),
+        ("minimal", 20, 8),
+    ],
+)
 def test_named_choices(choice, first, second):
     assert choose_ranks(GROUPS, choice) == {Q: first, K: first, UP: second}
     assert choose_ranks(GROUPS, choice, trained={Q: 32, K: 32, UP: 16}) == {Q: first, K: first, UP: second}
@@ -53,9 +61,13 @@ def test_heuristic_of_two_ranks_is_the_larger():
 
 
 def test_custom_choice(tmp_path):
-    path = write(tmp_path / "custom.json", [
-        {"target": [target(UP)], "active_rank_value": 8}, {"target": [target(K), target(Q)], "active_rank_value": 24},
-    ])
+    path = write(
+        tmp_path / "custom.json",
+        [
+            {"target": [target(UP)], "active_rank_value": 8},
+            {"target": [target(K), target(Q)], "active_rank_value": 24},
+        ],
+    )
     assert choose_ranks(GROUPS, path) == {Q: 24, K: 24, UP: 8}
 
 
@@ -73,8 +85,10 @@ CUSTOM = {
 @pytest.mark.parametrize("case", CUSTOM)
 def test_bad_custom_choice(case, tmp_path):
     entries, text = CUSTOM[case]
-    path = write(tmp_path / "custom.json",
-                 [{"target": [target(m) for m in modules], "active_rank_value": rank} for modules, rank in entries])
+    path = write(
+        tmp_path / "custom.json",
+        [{"target": [target(m) for m in modules], "active_rank_value": rank} for modules, rank in entries],
+    )
     with pytest.raises(BadInput) as caught:
         choose_ranks(GROUPS, path)
     assert text in str(caught.value) and str(path) in str(caught.value)
@@ -91,10 +105,14 @@ def test_choice_against_the_adapter():
 
 
 SPACES = {
-    "object": {"target": [], "search_space": []}, "empty": [], "list of numbers": [1],
-    "no target": [{"search_space": [8]}], "empty target": [{"target": [], "search_space": [8]}],
+    "object": {"target": [], "search_space": []},
+    "empty": [],
+    "list of numbers": [1],
+    "no target": [{"search_space": [8]}],
+    "empty target": [{"target": [], "search_space": [8]}],
     "target of numbers": [{"target": [1], "search_space": [8]}],
-    "no space": [{"target": [target(Q)]}], "empty space": [{"target": [target(Q)], "search_space": []}],
+    "no space": [{"target": [target(Q)]}],
+    "empty space": [{"target": [target(Q)], "search_space": []}],
     "rank 0": [{"target": [target(Q)], "search_space": [8, 0]}],
     "rank as text": [{"target": [target(Q)], "search_space": ["8"]}],
     "smallest first": [{"target": [target(Q)], "search_space": [8, 16]}],

@@ -38,8 +38,9 @@ def description(**changes):
     merges = ["1 2", "Ġ t", "h e", "Ġt he", "r e"]
     tokens = ["<|none|>", "<|start|>", "<|end|>", "<tool>", *byte_alphabet(), *(m.replace(" ", "") for m in merges)]
     types = [3, 3, 3, 4] + [1] * (len(tokens) - 4)
-    base = GgufTokenizer(tokens, types, merges, "smollm", bos_id=1, eos_id=2, pad_id=2, unk_id=0,
-                         chat_template=TEMPLATE, max_length=64)
+    base = GgufTokenizer(
+        tokens, types, merges, "smollm", bos_id=1, eos_id=2, pad_id=2, unk_id=0, chat_template=TEMPLATE, max_length=64
+    )
     return replace(base, **changes)
 
 
@@ -121,11 +122,26 @@ def test_an_unknown_token_type_is_refused():
         build_tokenizer(description(token_types=types))
 
 
-CONFIG = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
-          "num_key_value_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": False}
-NAMES = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-         "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-         "ffn_down": "mlp.down_proj", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+CONFIG = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}
+NAMES = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
 
 
 def rotary_order(weight, heads):
@@ -199,8 +215,13 @@ def test_converted_weights_are_those_of_the_file(converted):
 def test_converted_folder_holds_what_a_checkpoint_needs_and_nothing_of_the_machine(converted):
     _, folder = converted
     files = {file.name: file for file in folder.iterdir()}
-    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
-            "tokenizer_config.json"} <= set(files)
+    assert {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    } <= set(files)
     config = json.loads(files["config.json"].read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["dtype"] == "float16"
@@ -237,8 +258,10 @@ def check_openvino(tokenizer):
     openvino_tokenizers = pytest.importorskip("openvino_tokenizers")
     import openvino
 
-    encode, decode = (openvino.compile_model(graph, "CPU")
-                      for graph in openvino_tokenizers.convert_tokenizer(tokenizer, with_detokenizer=True))
+    encode, decode = (
+        openvino.compile_model(graph, "CPU")
+        for graph in openvino_tokenizers.convert_tokenizer(tokenizer, with_detokenizer=True)
+    )
     for text in filter(None, SAMPLES):
         encoded = encode([text])["input_ids"]
         assert encoded[0].tolist() == ids(tokenizer, text)

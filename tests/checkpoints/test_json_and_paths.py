@@ -72,8 +72,25 @@ def test_write_json_is_literal(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["../x", "/etc/passwd", "a/../b", "a/b", "C:\\x", "C:x", "\\\\srv\\x", "", ".", "..", "a\nb", "a\0b", " x", "x" * 256,
-     7, None, ["x"]],
+    [
+        "../x",
+        "/etc/passwd",
+        "a/../b",
+        "a/b",
+        "C:\\x",
+        "C:x",
+        "\\\\srv\\x",
+        "",
+        ".",
+        "..",
+        "a\nb",
+        "a\0b",
+        " x",
+        "x" * 256,
+        7,
+        None,
+        ["x"],
+    ],
 )
 def test_only_bare_names(name, tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "lstat", lambda *_: pytest.fail("the disk was touched"))

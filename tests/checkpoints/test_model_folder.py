@@ -83,7 +83,9 @@ def test_shards(sharded, tiny_tensors):
         assert folder.warnings == []
         assert all(np.array_equal(folder.read(name), array) for name, array in tiny_tensors.items())
         assert [path.name for path in folder.input_files()] == [
-            "config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors",
+            "config.json",
+            "model.safetensors.index.json",
+            "model-00001-of-00002.safetensors",
             "model-00002-of-00002.safetensors",
         ]
         folder.check_layers()
@@ -152,7 +154,11 @@ def test_damaged_shard_is_named(sharded):
 
 
 CONFIGS = {
-    "missing": None, "empty": b"", "empty object": b"{}", "array": b"[]", "duplicate keys": b'{"a":1,"a":2}',
+    "missing": None,
+    "empty": b"",
+    "empty object": b"{}",
+    "array": b"[]",
+    "duplicate keys": b'{"a":1,"a":2}',
     "NaN": b'{"a":NaN}',
 }
 
@@ -186,6 +192,7 @@ def test_private_keys_do_not_reach_the_config(tiny, tiny_config):
 
 def test_pickles_beside_safetensors_are_mentioned(tiny):
     (tiny / "pytorch_model.bin").write_bytes(b"\x80\x02}q\x00.")
+    (tiny / "optimizer.pt").write_bytes(b"\x80\x02}q\x00.")
     with ModelFolder.open(tiny) as folder:
         assert folder.warnings == ["pytorch_model.bin is not used: safetensors files are present"]
 
@@ -214,6 +221,13 @@ def test_allowed_pickle_is_read_without_running_it(tiny, tiny_tensors, tmp_path)
     torch.save({"x": Attack()}, tiny / "pytorch_model.bin")
     assert refused(tiny, allow_pickle=True).code == "E_PICKLE"
     assert not canary.exists()
+
+
+def test_single_file_wins_over_an_index(sharded, tiny, tiny_tensors):
+    (sharded / "model.safetensors").write_bytes((tiny / "model.safetensors").read_bytes())
+    with ModelFolder.open(sharded) as folder:
+        assert folder.warnings == ["model.safetensors.index.json is not used: model.safetensors is present"]
+        assert set(folder.names()) == set(tiny_tensors)
 
 
 def test_no_weights(tiny):
@@ -262,8 +276,16 @@ def test_untied_head_is_a_linear_layer(tiny, save_folder, tiny_config, tiny_tens
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("num_attention_heads", 5), ("num_key_value_heads", 0), ("num_key_value_heads", 3), ("num_attention_heads", "4"),
-     ("hidden_size", True), ("num_hidden_layers", 0), ("num_hidden_layers", None)],
+    [
+        ("num_attention_heads", 5),
+        ("num_key_value_heads", 0),
+        ("num_key_value_heads", 3),
+        ("num_attention_heads", "4"),
+        ("hidden_size", True),
+        ("num_hidden_layers", 0),
+        ("num_hidden_layers", None),
+        ("hidden_size", 0),
+    ],
 )
 def test_impossible_heads_and_layers(tiny, save_folder, tiny_config, tiny_tensors, key, value):
     with reopened(tiny, save_folder, {**tiny_config, key: value}, tiny_tensors) as folder:
@@ -273,7 +295,7 @@ def test_impossible_heads_and_layers(tiny, save_folder, tiny_config, tiny_tensor
 
 
 def test_missing_and_extra_layers(tiny, save_folder, tiny_config, tiny_tensors):
-    for count, named in ((3, "model.layers.2."), (1, "model.layers.1.")):
+    for count, named in ((3, "model.layers.2."), (10**12, "model.layers.2."), (1, "model.layers.1.")):
         with reopened(tiny, save_folder, {**tiny_config, "num_hidden_layers": count}, tiny_tensors) as folder:
             with pytest.raises(BadInput) as caught:
                 folder.check_layers()
@@ -292,6 +314,29 @@ def test_layer_ten_comes_after_layer_two(tiny, save_folder, tiny_config):
     tensors = {f"model.layers.{i}.mlp.up_proj.weight": np.zeros((8, 8), np.float16) for i in (10, 2, 0)}
     with reopened(tiny, save_folder, tiny_config, tensors) as folder:
         assert [name.split(".")[2] for name in folder.names()] == ["0", "2", "10"]
+
+
+def test_folder_without_layers_or_embedding(tiny, save_folder, tiny_config):
+    with reopened(tiny, save_folder, tiny_config, {"lm_head.weight": np.zeros((2, 2), np.float16)}) as folder:
+        with pytest.raises(BadInput, match="no layer tensors"):
+            folder.check_layers()
+        with pytest.raises(BadInput, match="no token embedding"):
+            _ = folder.embedding_name
+
+
+def test_experts_may_differ_from_layer_to_layer(tiny, save_folder, tiny_config, tiny_tensors):
+    tiny_tensors["model.layers.1.mlp.experts.0.up_proj.weight"] = np.zeros((8, 64), np.float16)
+    with reopened(tiny, save_folder, tiny_config, tiny_tensors) as folder:
+        folder.check_layers()
+
+
+@pytest.mark.shared
+def test_bfloat16_embedding(shared_dir):
+    pytest.importorskip("ml_dtypes", reason="bfloat16 needs ml_dtypes")
+    with ModelFolder.open(shared_dir / "checkpoints" / "gptq-v1-asym-g64-autoround") as folder:
+        embedding = folder.read("model.embed_tokens.weight")
+        assert embedding.dtype.name == "bfloat16" and embedding.shape == (1024, 576)
+        assert np.isfinite(embedding.astype(np.float32)).all()
 
 
 @pytest.mark.shared

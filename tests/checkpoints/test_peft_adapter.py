@@ -27,8 +27,15 @@ def branch(out=64, columns=64, rank=8, scaling=2.0) -> LowRankBranch:
 @pytest.fixture
 def adapter(tmp_path) -> Path:
     write_adapter(
-        tmp_path / "adapter", {Q: branch(), UP: branch(128, 64, 4)}, r=8, alpha=16, target_modules=["q_proj", "up_proj"],
-        base_model_name="../../etc/passwd", sparse_adapter=True, quantization_aware=True, dropout=0.1,
+        tmp_path / "adapter",
+        {Q: branch(), UP: branch(128, 64, 4)},
+        r=8,
+        alpha=16,
+        target_modules=["q_proj", "up_proj"],
+        base_model_name="../../etc/passwd",
+        sparse_adapter=True,
+        quantization_aware=True,
+        dropout=0.1,
     )
     return tmp_path / "adapter"
 
@@ -77,9 +84,17 @@ def test_round_trip(adapter):
 
 def test_same_input_gives_the_same_bytes(adapter, tmp_path):
     with AdapterFolder.open(adapter) as folder:
-        write_adapter(tmp_path / "again", {m: folder.branch(m) for m in reversed(folder.modules())}, r=8, alpha=16.0,
-                      target_modules=["up_proj", "q_proj"], base_model_name="../../etc/passwd", sparse_adapter=True,
-                      quantization_aware=True, dropout=0.1)
+        write_adapter(
+            tmp_path / "again",
+            {m: folder.branch(m) for m in reversed(folder.modules())},
+            r=8,
+            alpha=16.0,
+            target_modules=["up_proj", "q_proj"],
+            base_model_name="../../etc/passwd",
+            sparse_adapter=True,
+            quantization_aware=True,
+            dropout=0.1,
+        )
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (adapter / name).read_bytes()
 
@@ -91,11 +106,26 @@ def test_default_segment_is_tolerated(adapter):
 
 
 REFUSED_OPTIONS = {
-    "use_dora": True, "use_rslora": True, "rank_pattern": {"q_proj": 4}, "alpha_pattern": {"q_proj": 4}, "bias": "all",
-    "modules_to_save": ["lm_head"], "fan_in_fan_out": True, "lora_bias": True, "layer_replication": [[0, 1]],
-    "trainable_token_indices": [1], "target_parameters": ["x"], "use_qalora": True, "init_lora_weights": "pissa",
-    "loftq_config": {"bits": 4}, "megatron_config": {"a": 1}, "use_bdlora": {"x": 1}, "invented_option": 3,
-    "peft_type": "LOHA", "alora_invocation_tokens": [1], "ensure_weight_tying": True,
+    "use_dora": True,
+    "use_rslora": True,
+    "rank_pattern": {"q_proj": 4},
+    "alpha_pattern": {"q_proj": 4},
+    "bias": "all",
+    "modules_to_save": ["lm_head"],
+    "fan_in_fan_out": True,
+    "lora_bias": True,
+    "layer_replication": [[0, 1]],
+    "trainable_token_indices": [1],
+    "target_parameters": ["x"],
+    "use_qalora": True,
+    "init_lora_weights": "pissa",
+    "loftq_config": {"bits": 4},
+    "megatron_config": {"a": 1},
+    "use_bdlora": {"x": 1},
+    "invented_option": 3,
+    "peft_type": "LOHA",
+    "alora_invocation_tokens": [1],
+    "ensure_weight_tying": True,
 }
 
 
@@ -112,11 +142,27 @@ def test_unset_options_are_fine(adapter, option, empty):
     AdapterFolder.open(adapter).close()
 
 
-@pytest.mark.parametrize(("key", "value"), [
-    ("r", 0), ("r", 8.0), ("r", True), ("r", ...), ("lora_alpha", 0), ("lora_alpha", -1), ("lora_alpha", "16"),
-    ("lora_alpha", True), ("lora_alpha", ...), ("sparse_adapter", "yes"), ("quantization_aware", 1),
-    ("target_modules", []), ("target_modules", None), ("target_modules", [1]), ("target_modules", ["k_proj"]),
-])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("r", 0),
+        ("r", 10**400),
+        ("r", 8.0),
+        ("r", True),
+        ("r", ...),
+        ("lora_alpha", 0),
+        ("lora_alpha", -1),
+        ("lora_alpha", "16"),
+        ("lora_alpha", True),
+        ("lora_alpha", ...),
+        ("sparse_adapter", "yes"),
+        ("quantization_aware", 1),
+        ("target_modules", []),
+        ("target_modules", None),
+        ("target_modules", [1]),
+        ("target_modules", ["k_proj"]),
+    ],
+)
 def test_bad_settings(adapter, key, value):
     edit_config(adapter, **{key: value})
     refused(adapter)
@@ -136,20 +182,28 @@ DAMAGE = {
     "rank mismatch": (lambda t: t.update({A_NAME: t[A_NAME][:4]}), BadInput, "different ranks"),
     "rank above r": (
         lambda t: t.update({A_NAME: np.ones((9, 64), np.float32), B_NAME: np.ones((64, 9), np.float32)}),
-        BadInput, "above the config's r",
+        BadInput,
+        "above the config's r",
     ),
     "rank 0": (
         lambda t: t.update({A_NAME: np.ones((0, 64), np.float32), B_NAME: np.ones((64, 0), np.float32)}),
-        BadInput, "not empty",
+        BadInput,
+        "not empty",
     ),
     "integers": (lambda t: t.update({A_NAME: t[A_NAME].astype(np.int32)}), BadInput, "wrong dtype"),
     "one axis": (lambda t: t.update({A_NAME: t[A_NAME].reshape(-1)}), BadInput, "wrong dtype or shape"),
     "another prefix": (lambda t: t.update({A_NAME[11:]: t.pop(A_NAME)}), BadInput, "prefix"),
     "twice": (lambda t: t.update({A_NAME.replace("lora_A", "lora_A.default"): t[A_NAME]}), BadInput, "two tensors"),
-    "DoRA vector": (lambda t: t.update({f"base_model.model.{Q}.lora_magnitude_vector": np.ones(64, np.float32)}),
-                    Unsupported, "lora_magnitude_vector"),
-    "saved module": (lambda t: t.update({"base_model.model.lm_head.weight": np.ones((2, 2), np.float32)}),
-                     Unsupported, "lm_head"),
+    "DoRA vector": (
+        lambda t: t.update({f"base_model.model.{Q}.lora_magnitude_vector": np.ones(64, np.float32)}),
+        Unsupported,
+        "lora_magnitude_vector",
+    ),
+    "saved module": (
+        lambda t: t.update({"base_model.model.lm_head.weight": np.ones((2, 2), np.float32)}),
+        Unsupported,
+        "lm_head",
+    ),
 }
 
 
@@ -206,13 +260,17 @@ def test_allowed_pickle(adapter):
     torch = pytest.importorskip("torch")
     with AdapterFolder.open(adapter) as folder:
         want = {module: folder.branch(module) for module in folder.modules()}
-        tensors = {f"base_model.model.{m}.lora_{s}.weight": torch.tensor(getattr(b, s.lower()))
-                   for m, b in want.items() for s in "AB"}
+        tensors = {
+            f"base_model.model.{m}.lora_{s}.weight": torch.tensor(getattr(b, s.lower()))
+            for m, b in want.items()
+            for s in "AB"
+        }
     torch.save(tensors, adapter / "adapter_model.bin")
     (adapter / "adapter_model.safetensors").unlink()
     with AdapterFolder.open(adapter, allow_pickle=True) as folder:
-        assert all(np.array_equal(folder.branch(m).a, b.a) and np.array_equal(folder.branch(m).b, b.b)
-                   for m, b in want.items())
+        assert all(
+            np.array_equal(folder.branch(m).a, b.a) and np.array_equal(folder.branch(m).b, b.b) for m, b in want.items()
+        )
         assert [path.name for path in folder.input_files()] == ["adapter_config.json", "adapter_model.bin"]
 
 
@@ -223,8 +281,12 @@ def test_allowed_pickle(adapter):
 def full_adapter(tmp_path) -> Path:
     """An adapter for every module that its config targets in the tiny model."""
     write_adapter(
-        tmp_path / "full", {f"model.layers.{i}.self_attn.q_proj": branch() for i in range(2)}, r=8, alpha=16,
-        target_modules=["q_proj"], base_model_name="tiny",
+        tmp_path / "full",
+        {f"model.layers.{i}.self_attn.q_proj": branch() for i in range(2)},
+        r=8,
+        alpha=16,
+        target_modules=["q_proj"],
+        base_model_name="tiny",
     )
     return tmp_path / "full"
 
@@ -251,6 +313,31 @@ def test_base_that_does_not_fit(full_adapter, tmp_path, save_folder, tiny_config
     assert name in str(caught.value) and str(full_adapter) in str(caught.value)
 
 
+def test_layers_left_out_on_purpose(full_adapter, tmp_path, save_folder, tiny_config, tiny_tensors):
+    name = "base_model.model.model.layers.1.self_attn.q_proj"
+    edit_tensors(full_adapter, lambda t: [t.pop(f"{name}.lora_{s}.weight") for s in "AB"])
+    edit_config(full_adapter, layers_to_transform=[0])
+    base = save_folder(tmp_path / "base", tiny_config, tiny_tensors)
+    with AdapterFolder.open(full_adapter) as adapter, ModelFolder.open(base) as folder:
+        adapter.check_base(folder)
+
+
+@pytest.mark.parametrize(("shape", "fits"), [((8, 64), True), ((8, 128), False), ((16, 64), False), ((512,), None)])
+def test_quantised_base(full_adapter, tmp_path, save_folder, tiny_config, tiny_tensors, shape, fits):
+    for layer in range(2):
+        name = f"model.layers.{layer}.self_attn.q_proj"
+        del tiny_tensors[f"{name}.weight"]
+        tiny_tensors[f"{name}.qweight"] = np.zeros(shape, np.int32)
+    base = save_folder(tmp_path / "base", tiny_config, tiny_tensors)
+    with AdapterFolder.open(full_adapter) as adapter, ModelFolder.open(base) as folder:
+        if fits is False:
+            with pytest.raises(BadInput, match="shape"):
+                adapter.check_base(folder)
+        else:
+            # A qweight with one axis is left to the GPTQ reader, which refuses it by name.
+            adapter.check_base(folder)
+
+
 @pytest.mark.shared
 def test_adapter_written_by_peft(shared_dir):
     with AdapterFolder.open(shared_dir / "checkpoints" / "peft-lora-r8-smollm2") as adapter:
@@ -275,12 +362,22 @@ def test_peft_loads_what_we_write(tmp_path):
         def forward(self, x):
             return self.q_proj(x)
 
+        def prepare_inputs_for_generation(self):
+            raise AssertionError("PEFT only looks it up")
+
     torch.manual_seed(0)
     base, x = Tiny(), torch.randn(3, 64)
     plain = base(x).detach()
     update = branch()
-    write_adapter(tmp_path, {"q_proj": update}, r=8, alpha=16, target_modules=["q_proj"], base_model_name="tiny",
-                  sparse_adapter=True)
+    write_adapter(
+        tmp_path,
+        {"q_proj": update},
+        r=8,
+        alpha=16,
+        target_modules=["q_proj"],
+        base_model_name="tiny",
+        sparse_adapter=True,
+    )
     with pytest.warns(UserWarning):
         model = peft.PeftModel.from_pretrained(base, tmp_path)
     want = plain + 2.0 * x @ torch.tensor(update.a).T @ torch.tensor(update.b).T

@@ -86,8 +86,12 @@ DAMAGED = {
     "hole": (({"a": entry(), "b": entry(offsets=(6, 10))}, b"\0" * 10), "E_ST_COVER", "a and b"),
     "hole at the start": (({"a": entry(offsets=(4, 8))}, b"\0" * 8), "E_ST_COVER", "a"),
     "duplicate key": (
-        (b'{"w":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"w":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}',
-         b"\0\0"), "E_ST_HEADER", "w",
+        (
+            b'{"w":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"w":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}',
+            b"\0\0",
+        ),
+        "E_ST_HEADER",
+        "w",
     ),
     "negative offset": (({"w": entry(offsets=(-4, 0))}, b""), "E_ST_HEADER", "w"),
     "float offset": (({"w": entry(offsets=(0, 4.0))}, b"\0" * 4), "E_ST_HEADER", "w"),
@@ -96,8 +100,11 @@ DAMAGED = {
     "three offsets": (({"w": entry(offsets=(0, 4, 4))}, b"\0" * 4), "E_ST_HEADER", "w"),
     "begin after end": (({"w": entry(offsets=(4, 0))}, b"\0" * 4), "E_ST_HEADER", "w"),
     "shape over 2^64": (({"w": entry(shape=(1 << 40, 1 << 40))}, b"\0" * 4), "E_ST_HEADER", "w"),
-    "enormous number": ((b'{"w":{"dtype":"F32","shape":[' + b"9" * 4000 + b'],"data_offsets":[0,4]}}', b"\0" * 4),
-                        "E_ST_HEADER", "w"),
+    "enormous number": (
+        (b'{"w":{"dtype":"F32","shape":[' + b"9" * 4000 + b'],"data_offsets":[0,4]}}', b"\0" * 4),
+        "E_ST_HEADER",
+        "w",
+    ),
     "negative shape": (({"w": entry(shape=(-1, -1))}, b"\0" * 4), "E_ST_HEADER", "w"),
     "rank 9": (({"w": entry(shape=(1,) * 9)}, b"\0" * 4), "E_ST_HEADER", "w"),
     "range too long": (({"w": entry(offsets=(0, 8))}, b"\0" * 8), "E_ST_HEADER", "w"),

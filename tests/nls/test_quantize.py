@@ -187,8 +187,12 @@ def test_hessian_sum_is_twice_the_mean_outer_product():
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"group_size": 3}, "E_GROUP"), ({"group_size": 0}, "E_GROUP"), ({"mask": np.ones((2, 4), bool)}, "E_MASK"),
-     ({"values": np.full((2, 8), np.nan, np.float32)}, "E_NAN")],
+    [
+        ({"group_size": 3}, "E_GROUP"),
+        ({"group_size": 0}, "E_GROUP"),
+        ({"mask": np.ones((2, 4), bool)}, "E_MASK"),
+        ({"values": np.full((2, 8), np.nan, np.float32)}, "E_NAN"),
+    ],
 )
 def test_what_does_not_fit_is_refused(change, message):
     given_ = {"values": np.ones((2, 8), np.float32), "mask": None, "group_size": 4, **change}
@@ -201,8 +205,11 @@ def test_what_does_not_fit_is_refused(change, message):
 
 @pytest.mark.parametrize(
     ("hessian", "message"),
-    [(np.eye(4), "does not fit"), (np.full((8, 8), np.nan), "NaN or Inf"),
-     (4 * np.eye(8) - 2 * np.ones((8, 8)), "positive definite")],
+    [
+        (np.eye(4), "does not fit"),
+        (np.full((8, 8), np.nan), "NaN or Inf"),
+        (4 * np.eye(8) - 2 * np.ones((8, 8)), "positive definite"),
+    ],
 )
 def test_a_bad_hessian_is_refused(hessian, message):
     with pytest.raises(BadInput, match=message):
@@ -212,8 +219,13 @@ def test_a_bad_hessian_is_refused(hessian, message):
 def tiny_llama():
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=48, max_position_embeddings=64,
+        vocab_size=96,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=64,
     )
     return transformers.LlamaForCausalLM(config).eval()
 

@@ -185,6 +185,9 @@ def test_going_layer_by_layer_is_the_model_itself(model):
 
     handle = stack[-1].register_forward_hook(keep)
     trace = trace_layers(model, batch)
+    assert not outputs, "the trace stops before the last layer runs"
+    with torch.no_grad():
+        model(batch[0])
     handle.remove()
     hidden = trace.hidden
     for layer, calls in zip(stack, trace.calls, strict=True):
@@ -216,8 +219,12 @@ def test_blocks_that_do_not_fit_are_refused_before_anything_changes():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"pattern": "1:4"}, "unknown sparsity pattern"), ({"sparsity": 1.0}, "outside the possible range"),
-     ({"sparsity": math.nan}, "outside the possible range"), ({"pattern": "2:4", "sparsity": 0.6}, "fixed sparsity")],
+    [
+        ({"pattern": "1:4"}, "unknown sparsity pattern"),
+        ({"sparsity": 1.0}, "outside the possible range"),
+        ({"sparsity": math.nan}, "outside the possible range"),
+        ({"pattern": "2:4", "sparsity": 0.6}, "fixed sparsity"),
+    ],
 )
 def test_impossible_requests_are_refused(options, message):
     with pytest.raises(UsageError, match=message):

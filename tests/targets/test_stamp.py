@@ -106,8 +106,10 @@ def described(node: Node) -> tuple[Any, ...]:
     data = {key: value for key, value in node.data.items() if key != "offset"}
     dims = [[dim.text for dim in port] for port in node.element.iter("port")]
     kept = ("Parameter", "ReadValue")
-    names = [(p.get("precision"), p.get("names") if node.kind in kept else "logits" in p.get("names", "") and "logits")
-             for p in node.element.iter("port")]
+    names = [
+        (p.get("precision"), p.get("names") if node.kind in kept else "logits" in p.get("names", "") and "logits")
+        for p in node.element.iter("port")
+    ]
     runtime = sorted(tuple(sorted(a.items())) for a in (e.attrib for e in node.element.iter("attribute")))
     return node.kind, data, dims, names, runtime, node.name if node.kind == "Parameter" else ""
 
@@ -132,12 +134,14 @@ def logits_of_two_steps(skeleton: Any, settings: dict[str, Any]) -> list[np.ndar
     ids = np.random.default_rng(7).integers(0, VOCABULARY, (1, 6))
     steps = []
     for begin, end in ((0, 5), (5, 6)):
-        request.infer({
-            "input_ids": ids[:, begin:end],
-            "attention_mask": np.ones((1, end), np.int64),
-            "position_ids": np.arange(begin, end)[None],
-            "beam_idx": np.zeros(1, np.int32),
-        })
+        request.infer(
+            {
+                "input_ids": ids[:, begin:end],
+                "attention_mask": np.ones((1, end), np.int64),
+                "position_ids": np.arange(begin, end)[None],
+                "beam_idx": np.zeros(1, np.int32),
+            }
+        )
         steps.append(request.get_tensor("logits").data.copy())
     return steps
 
@@ -152,8 +156,9 @@ def test_stamped_graph_equals_the_fully_traced_one(model_type: str, layers: int,
     assert (stamped.stamped, stamped.traced_layers) == (True, TRACED_LAYERS)
     assert (traced.stamped, traced.traced_layers) == (False, layers)
     assert stamped.constants == traced.constants
-    assert_same_graph(Graph.read(Path(stamped.xml)), Graph.read(Path(traced.xml)))
-    sinks = [[n.data["variable_id"] for n in Graph.read(Path(s.xml)).nodes if n.kind == "Assign"] for s in (stamped, traced)]
+    graphs = [Graph.read(Path(skeleton.xml)) for skeleton in (stamped, traced)]
+    assert_same_graph(*graphs)
+    sinks = [[node.data["variable_id"] for node in graph.nodes if node.kind == "Assign"] for graph in graphs]
     assert sinks[0] == sinks[1]
     for a, b in zip(logits_of_two_steps(stamped, settings), logits_of_two_steps(traced, settings), strict=True):
         assert np.isfinite(a).all() and np.ptp(a) > 0
@@ -213,8 +218,13 @@ def test_any_broken_edge_in_layer_2_is_refused(three_layers: Path) -> None:
 def test_a_changed_constant_is_refused(three_layers: Path) -> None:
     graph, carriers = load(three_layers)
     carrying = {carrier.node for carrier in carriers.values()}
-    in_layer = [source for node in graph.nodes if "layers.2.input_layernorm" in node.name
-                for source, _ in node.inputs.values() if source.kind == "Const" and source not in carrying]
+    in_layer = [
+        source
+        for node in graph.nodes
+        if "layers.2.input_layernorm" in node.name
+        for source, _ in node.inputs.values()
+        if source.kind == "Const" and source not in carrying
+    ]
     assert in_layer
     for constant in in_layer:
         kept = graph.payload(constant)

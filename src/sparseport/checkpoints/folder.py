@@ -25,9 +25,20 @@ _WEIGHT_LEAVES = ("weight", "qweight", "weight_packed")
 # Families whose config class keeps the head apart unless config.json says otherwise.
 _UNTIED_BY_DEFAULT = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "phi", "phi3")
 _COMPANIONS = (
-    "generation_config.json", "quantize_config.json", "quantization_config.json", "tokenizer.json",
-    "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja", "chat_template.json",
+    "generation_config.json",
+    "quantize_config.json",
+    "quantization_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
 )
 _COMPARE_BYTES = 16 << 20
 
@@ -60,8 +71,9 @@ class ModelFolder:
         path = Path(path)
         if not path.is_dir():
             found = "a file" if path.exists() else "nothing"
-            raise BadInput("no model folder", where=path, expected="a folder with config.json", found=found,
-                           code="E_MISSING")
+            raise BadInput(
+                "no model folder", where=path, expected="a folder with config.json", found=found, code="E_MISSING"
+            )
         config = read_json(bare_file(path, "config.json", "config.json"), what="config.json")
         warnings: list[str] = []
         if not config:
@@ -121,9 +133,7 @@ class ModelFolder:
             for name in self.names():
                 if name.endswith(f"{last}.weight") and name[: -len(".weight")].rpartition(".")[2] == last:
                     return name[: -len(".weight")]
-        raise BadInput(
-            "no token embedding found", where=self.path, expected=" or ".join(EMBEDDINGS), code="E_TENSOR"
-        )
+        raise BadInput("no token embedding found", where=self.path, expected=" or ".join(EMBEDDINGS), code="E_TENSOR")
 
     @cached_property
     def head_name(self) -> str | None:
@@ -143,14 +153,20 @@ class ModelFolder:
         """
         declared = self._text_config().get("tie_word_embeddings")
         if declared is not None and not isinstance(declared, bool):
-            raise BadInput("tie_word_embeddings is not true or false", where=self.path / "config.json",
-                           found=repr(declared), code="E_CONFIG")
+            raise BadInput(
+                "tie_word_embeddings is not true or false",
+                where=self.path / "config.json",
+                found=repr(declared),
+                code="E_CONFIG",
+            )
         if self.head_name is None:
             if declared is False or (declared is None and self.config.get("model_type") in _UNTIED_BY_DEFAULT):
                 raise BadInput(
                     "config.json says the head is not tied to the embedding, but no head is stored",
-                    where=f"{self.path}, tensor lm_head.weight", expected="a head tensor, or tie_word_embeddings true",
-                    fix='add "tie_word_embeddings": true if the model ties them', code="E_TIED",
+                    where=f"{self.path}, tensor lm_head.weight",
+                    expected="a head tensor, or tie_word_embeddings true",
+                    fix='add "tie_word_embeddings": true if the model ties them',
+                    code="E_TIED",
                 )
             return True
         if not declared:
@@ -159,7 +175,8 @@ class ModelFolder:
             raise BadInput(
                 "config.json says the head is tied to the embedding, but the stored head differs",
                 where=f"{self.path}, tensor {self.head_name}.weight",
-                fix='remove the head tensor, or set "tie_word_embeddings": false', code="E_TIED",
+                fix='remove the head tensor, or set "tie_word_embeddings": false',
+                code="E_TIED",
             )
         return True
 
@@ -236,7 +253,8 @@ def _without_private(config: dict[str, Any], where: str, warnings: list[str]) ->
     for key, value in config.items():
         if key in ("auto_map", "custom_pipelines") and value:
             raise Unsupported(
-                f"config.json asks for code that comes with the model ({key})", where=where,
+                f"config.json asks for code that comes with the model ({key})",
+                where=where,
                 fix="sparseport never runs code from a checkpoint; use a model that transformers supports by itself",
                 code="E_REMOTE_CODE",
             )

@@ -115,19 +115,26 @@ def read_tokenizer(gguf_path: str | Path) -> GgufTokenizer:
     model = field.get("tokenizer.ggml.model")
     if model != "gpt2":
         raise Unsupported(
-            "this kind of GGUF tokenizer is not carried", where=f"{path}, tokenizer.ggml.model",
-            expected="gpt2 (byte-level BPE)", found=model, fix="start from the model's Hugging Face folder instead",
+            "this kind of GGUF tokenizer is not carried",
+            where=f"{path}, tokenizer.ggml.model",
+            expected="gpt2 (byte-level BPE)",
+            found=model,
+            fix="start from the model's Hugging Face folder instead",
         )
     if field.get("tokenizer.ggml.add_space_prefix", False):
         raise Unsupported(
-            "a byte-level BPE with a space prefix is not carried", where=f"{path}, tokenizer.ggml.add_space_prefix",
+            "a byte-level BPE with a space prefix is not carried",
+            where=f"{path}, tokenizer.ggml.add_space_prefix",
             fix="start from the model's Hugging Face folder instead",
         )
     missing = [k for k in ("tokens", "token_type", "merges", "pre") if f"tokenizer.ggml.{k}" not in field]
     if missing:
         raise BadInput(
-            "the tokenizer in the file is incomplete", where=path,
-            expected=", ".join(f"tokenizer.ggml.{k}" for k in missing), found="nothing", code="E_TOKENIZER",
+            "the tokenizer in the file is incomplete",
+            where=path,
+            expected=", ".join(f"tokenizer.ggml.{k}" for k in missing),
+            found="nothing",
+            code="E_TOKENIZER",
         )
     return GgufTokenizer(
         tokens=field["tokenizer.ggml.tokens"],
@@ -192,8 +199,11 @@ def _check(description: GgufTokenizer, where: str) -> None:
     """Refuse a description that the `tokenizers` package would take wrongly or refuse without naming the reason."""
     if description.pre not in SPLITS_DIGITS:
         raise Unsupported(
-            "unknown pre-tokenizer kind", where=f"{where}, tokenizer.ggml.pre", expected=", ".join(SPLITS_DIGITS),
-            found=description.pre, fix="start from the model's Hugging Face folder instead",
+            "unknown pre-tokenizer kind",
+            where=f"{where}, tokenizer.ggml.pre",
+            expected=", ".join(SPLITS_DIGITS),
+            found=description.pre,
+            fix="start from the model's Hugging Face folder instead",
         )
 
     def refuse(what: str, key: str, expected: object, found: object) -> BadInput:
@@ -201,20 +211,29 @@ def _check(description: GgufTokenizer, where: str) -> None:
 
     tokens = description.tokens
     if len(description.token_types) != len(tokens):
-        raise refuse("token types and tokens differ in number", "tokenizer.ggml.token_type", len(tokens),
-                     len(description.token_types))
+        raise refuse(
+            "token types and tokens differ in number",
+            "tokenizer.ggml.token_type",
+            len(tokens),
+            len(description.token_types),
+        )
     known = set(tokens)
     if len(known) != len(tokens):
         raise refuse("a token occurs twice", "tokenizer.ggml.tokens", f"{len(tokens)} different tokens", len(known))
     kinds = set(description.token_types) - {NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED}
     if kinds:
-        raise Unsupported("unknown token type", where=f"{where}, tokenizer.ggml.token_type", expected="1..5",
-                          found=sorted(kinds))
+        raise Unsupported(
+            "unknown token type", where=f"{where}, tokenizer.ggml.token_type", expected="1..5", found=sorted(kinds)
+        )
     for index, merge in enumerate(description.merges):
         pair = merge.split(" ")
         if len(pair) != 2 or not {pair[0], pair[1], pair[0] + pair[1]} <= known:
-            raise refuse("a merge does not fit the vocabulary", f"tokenizer.ggml.merges[{index}]",
-                         "two tokens that join to a token", merge)
+            raise refuse(
+                "a merge does not fit the vocabulary",
+                f"tokenizer.ggml.merges[{index}]",
+                "two tokens that join to a token",
+                merge,
+            )
     for name in ("bos_id", "eos_id", "pad_id", "unk_id"):
         index = getattr(description, name)
         if index is not None and not 0 <= index < len(tokens):
@@ -235,7 +254,8 @@ def _add_template(backend: Any, description: GgufTokenizer) -> None:
         named = [description.tokens[i] for i in ids]
         parts = named[: len(before)] + ["$A"] + named[len(before) :]
         backend.post_processor = processors.TemplateProcessing(
-            single=parts, pair=[*parts, *(p.replace("$A", "$B") + ":1" for p in parts)],
+            single=parts,
+            pair=[*parts, *(p.replace("$A", "$B") + ":1" for p in parts)],
             special_tokens=list(dict(zip(named, ids, strict=True)).items()),
         )
 
@@ -253,8 +273,12 @@ def _fields(path: Path) -> dict[str, Any]:
         return {name: field.contents() for name, field in reader.fields.items()}
     except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
         raise BadInput(
-            "not a readable GGUF file", where=path, expected="GGUF version 2 or 3", found=error,
-            fix="download the file again", code="E_GGUF",
+            "not a readable GGUF file",
+            where=path,
+            expected="GGUF version 2 or 3",
+            found=error,
+            fix="download the file again",
+            code="E_GGUF",
         ) from error
 
 
@@ -272,18 +296,30 @@ def _save_model(source: Path, folder: Path, dtype: str, description: GgufTokeniz
             )
         except (ValueError, NotImplementedError, KeyError) as error:
             raise Unsupported(
-                "this GGUF model cannot be read by transformers", where=source, found=error,
+                "this GGUF model cannot be read by transformers",
+                where=source,
+                found=error,
                 fix="start from the model's Hugging Face folder instead",
             ) from error
     rows = model.get_input_embeddings().weight.shape[0]
     if rows < len(description.tokens):
-        raise BadInput("the vocabulary is larger than the embedding", where=source, expected=f"at most {rows} tokens",
-                       found=len(description.tokens), code="E_TOKENIZER")
+        raise BadInput(
+            "the vocabulary is larger than the embedding",
+            where=source,
+            expected=f"at most {rows} tokens",
+            found=len(description.tokens),
+            code="E_TOKENIZER",
+        )
     for name, tensor in model.state_dict().items():
         bad = int((~torch.isfinite(tensor)).sum()) if tensor.is_floating_point() else 0
         if bad:
-            raise BadInput(f"{bad} weights are not finite in {dtype}", where=f"{source}, {name}",
-                           expected="finite weights", fix="use dtype float32 or bfloat16", code="E_RANGE")
+            raise BadInput(
+                f"{bad} weights are not finite in {dtype}",
+                where=f"{source}, {name}",
+                expected="finite weights",
+                fix="use dtype float32 or bfloat16",
+                code="E_RANGE",
+            )
     ids = {"bos_token_id": description.bos_id, "eos_token_id": description.eos_id, "pad_token_id": description.pad_id}
     for key, value in ids.items():
         setattr(model.config, key, value)
@@ -297,7 +333,8 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     # The class name that transformers 4 and 5 and openvino_tokenizers all read as "take tokenizer.json as it is".
     _clean_json(
-        folder / "tokenizer_config.json", ("is_local", "name_or_path", "local_files_only", *_LOCAL_KEYS),
+        folder / "tokenizer_config.json",
+        ("is_local", "name_or_path", "local_files_only", *_LOCAL_KEYS),
         {"tokenizer_class": "PreTrainedTokenizerFast"},
     )
 

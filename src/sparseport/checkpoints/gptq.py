@@ -35,9 +35,15 @@ _SEPARATE = ("quantize_config.json", "quantization_config.json")
 _COMPARED = ("bits", "group_size", "sym", "desc_act", "quant_method", "checkpoint_format", "format")
 # Options that change how words are to be read; only the listed values leave them as described above.
 _PLAIN: dict[str, tuple[object, ...]] = {
-    "dynamic": (None, {}), "extra_config": (None, {}), "pack_dtype": (None, "int32"), "data_type": (None, "int"),
-    "is_marlin_format": (None, False), "super_bits": (None,), "packing_format": (None, "auto_round:auto_gptq", "gptq"),
-    "adapter": (None, {}), "rotation": (None, ""),
+    "dynamic": (None, {}),
+    "extra_config": (None, {}),
+    "pack_dtype": (None, "int32"),
+    "data_type": (None, "int"),
+    "is_marlin_format": (None, False),
+    "super_bits": (None,),
+    "packing_format": (None, "auto_round:auto_gptq", "gptq"),
+    "adapter": (None, {}),
+    "rotation": (None, ""),
 }
 
 
@@ -71,23 +77,39 @@ def read_quantization_config(folder: ModelFolder, *, zero_storage: ZeroPointStor
     where = str(folder.path / "config.json")
     raw = folder.config.get("quantization_config")
     if not isinstance(raw, dict):
-        raise BadInput("config.json has no quantization_config", where=where, expected="a GPTQ checkpoint",
-                       code="E_QUANT_CONFIG")
+        raise BadInput(
+            "config.json has no quantization_config", where=where, expected="a GPTQ checkpoint", code="E_QUANT_CONFIG"
+        )
     _check_separate(folder, raw)
     method = raw.get("quant_method")
     if method != "gptq":
-        raise Unsupported(f"quant_method {method!r} is not read as GPTQ", where=where, expected="gptq", found=method,
-                          code="E_QUANT_METHOD")
+        raise Unsupported(
+            f"quant_method {method!r} is not read as GPTQ",
+            where=where,
+            expected="gptq",
+            found=method,
+            code="E_QUANT_METHOD",
+        )
     for key, plain in _PLAIN.items():
         if raw.get(key) not in plain:
-            raise Unsupported(f"quantisation option {key} changes the layout", where=where, expected=str(plain[-1]),
-                              found=repr(raw[key])[:80], code="E_QUANT_CONFIG")
+            raise Unsupported(
+                f"quantisation option {key} changes the layout",
+                where=where,
+                expected=str(plain[-1]),
+                found=repr(raw[key])[:80],
+                code="E_QUANT_CONFIG",
+            )
     bits, group_size = _whole(raw, "bits", where), _whole(raw, "group_size", where)
     if bits != 4:
         raise Unsupported("only 4-bit GPTQ is supported", where=where, expected=4, found=bits, code="E_BITS")
     if group_size != -1 and group_size < 1:
-        raise BadInput("group_size is impossible", where=where, expected="-1 or a positive number", found=group_size,
-                       code="E_GROUP")
+        raise BadInput(
+            "group_size is impossible",
+            where=where,
+            expected="-1 or a positive number",
+            found=group_size,
+            code="E_GROUP",
+        )
     sym, desc_act = _flag(raw, "sym", where), _flag(raw, "desc_act", where, default=False)
     storage = decide_zero_storage(folder, raw, sym=sym, override=zero_storage)
     return GptqConfig(bits, group_size, sym, desc_act, storage)
@@ -107,12 +129,22 @@ def read_gptq_linear(folder: ModelFolder, name: str, config: GptqConfig) -> Quan
     columns, out = qweight.shape[0] * 8, qweight.shape[1]
     group_size = columns if config.group_size == -1 else config.group_size
     if columns == 0 or columns % group_size:
-        raise BadInput("group size does not divide the input features", where=f"{folder.path}, tensor {name}.qweight",
-                       expected=f"a divisor of {columns}", found=group_size, code="E_GROUP")
+        raise BadInput(
+            "group size does not divide the input features",
+            where=f"{folder.path}, tensor {name}.qweight",
+            expected=f"a divisor of {columns}",
+            found=group_size,
+            code="E_GROUP",
+        )
     groups = columns // group_size
     if out % 8:
-        raise BadInput("output features do not fill whole words of zero-points", expected="a multiple of 8", found=out,
-                       where=f"{folder.path}, tensor {name}.qweight", code="E_SHAPE")
+        raise BadInput(
+            "output features do not fill whole words of zero-points",
+            expected="a multiple of 8",
+            found=out,
+            where=f"{folder.path}, tensor {name}.qweight",
+            code="E_SHAPE",
+        )
     _expect(folder, f"{name}.qzeros", qzeros, (groups, out // 8))
     _expect(folder, f"{name}.scales", scales, (groups, out))
     codes = unpack_gptq_codes(qweight.view(np.int32))
@@ -121,8 +153,13 @@ def read_gptq_linear(folder: ModelFolder, name: str, config: GptqConfig) -> Quan
         codes = np.ascontiguousarray(codes[:, order])
     zero_points = unpack_gptq_zero_points(qzeros.view(np.int32), config.zero_storage)
     if config.sym and (zero_points != 8).any():
-        raise BadInput("config says sym, but a zero-point is not 8", where=f"{folder.path}, tensor {name}.qzeros",
-                       expected=8, found=int(zero_points[zero_points != 8][0]), code="E_ZEROS")
+        raise BadInput(
+            "config says sym, but a zero-point is not 8",
+            where=f"{folder.path}, tensor {name}.qzeros",
+            expected=8,
+            found=int(zero_points[zero_points != 8][0]),
+            code="E_ZEROS",
+        )
     weight = QuantizedWeight(codes, np.ascontiguousarray(scales.T), zero_points, group_size, input_order=order)
     return weight.check(f"{folder.path}, tensor {name}.scales")
 
@@ -138,13 +175,21 @@ def gptq_tensors(name: str, weight: QuantizedWeight, storage: ZeroPointStorage) 
     """
     out, columns = weight.shape
     if weight.bits != 4 or out % 8 or columns % 8:
-        raise Unsupported("layer does not fit the GPTQ layout", where=name,
-                          expected="4 bits, features in multiples of 8", found=f"{weight.bits} bits, {out} x {columns}")
+        raise Unsupported(
+            "layer does not fit the GPTQ layout",
+            where=name,
+            expected="4 bits, features in multiples of 8",
+            found=f"{weight.bits} bits, {out} x {columns}",
+        )
     with np.errstate(over="ignore"):
         scales = weight.scales.astype(np.float16)
     if not np.array_equal(scales.astype(np.float64), weight.scales.astype(np.float64)):
-        raise FidelityError("scales do not fit float16, which GPTQ files hold", where=f"tensor {name}.scales",
-                            found=weight.scales.dtype.name, fix="choose scales in float16 when quantising")
+        raise FidelityError(
+            "scales do not fit float16, which GPTQ files hold",
+            where=f"tensor {name}.scales",
+            found=weight.scales.dtype.name,
+            fix="choose scales in float16 when quantising",
+        )
     g_idx = (np.arange(columns) // weight.group_size).astype(np.int32)
     codes = weight.codes
     if weight.input_order is not None:
@@ -159,14 +204,24 @@ def gptq_tensors(name: str, weight: QuantizedWeight, storage: ZeroPointStorage) 
 
 
 def gptq_config_dict(
-    *, group_size: int, sym: bool, storage: ZeroPointStorage, desc_act: bool = False, bits: int = 4,
+    *,
+    group_size: int,
+    sym: bool,
+    storage: ZeroPointStorage,
+    desc_act: bool = False,
+    bits: int = 4,
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The `quantization_config` entry of config.json for tensors from `gptq_tensors`."""
     label = "gptq" if storage is ZeroPointStorage.V1 else "gptq_v2"
     return {
-        "quant_method": "gptq", "bits": bits, "group_size": group_size, "sym": sym, "desc_act": desc_act,
-        "checkpoint_format": label, **(extra or {}),
+        "quant_method": "gptq",
+        "bits": bits,
+        "group_size": group_size,
+        "sym": sym,
+        "desc_act": desc_act,
+        "checkpoint_format": label,
+        **(extra or {}),
     }
 
 
@@ -176,21 +231,34 @@ def _input_order(
     tensor = f"{name}.g_idx"
     if not folder.has(tensor):
         if desc_act:
-            raise BadInput("config says desc_act, but the group indices are missing", code="E_G_IDX",
-                           where=f"{folder.path}, tensor {tensor}")
+            raise BadInput(
+                "config says desc_act, but the group indices are missing",
+                code="E_G_IDX",
+                where=f"{folder.path}, tensor {tensor}",
+            )
         return None
     g_idx = _read(folder, tensor, ("I32",), 1)
     _expect(folder, tensor, g_idx, (columns,))
     groups = columns // group_size
     low, high = int(g_idx.min()), int(g_idx.max())
     if low < 0 or high >= groups:
-        raise BadInput("group index out of range", where=f"{folder.path}, tensor {tensor}",
-                       expected=f"0..{groups - 1}", found=low if low < 0 else high, code="E_G_IDX")
+        raise BadInput(
+            "group index out of range",
+            where=f"{folder.path}, tensor {tensor}",
+            expected=f"0..{groups - 1}",
+            found=low if low < 0 else high,
+            code="E_G_IDX",
+        )
     sizes = np.bincount(g_idx, minlength=groups)
     if (sizes != group_size).any():
         group = int(np.argmax(sizes != group_size))
-        raise BadInput(f"group {group} has the wrong number of columns", where=f"{folder.path}, tensor {tensor}",
-                       expected=group_size, found=int(sizes[group]), code="E_G_IDX")
+        raise BadInput(
+            f"group {group} has the wrong number of columns",
+            where=f"{folder.path}, tensor {tensor}",
+            expected=group_size,
+            found=int(sizes[group]),
+            code="E_G_IDX",
+        )
     order = np.argsort(g_idx, kind="stable").astype(np.int32)
     return None if np.array_equal(order, np.arange(columns)) else order
 
@@ -198,16 +266,25 @@ def _input_order(
 def _read(folder: ModelFolder, name: str, stored: tuple[str, ...], rank: int) -> Array:
     info = folder.info(name)
     if info.stored not in stored or len(info.shape) != rank:
-        raise BadInput("tensor has the wrong dtype or rank", where=f"{folder.path}, tensor {name}",
-                       expected=f"{' or '.join(stored)} with {rank} axes", found=f"{info.stored} {info.shape}",
-                       code="E_SHAPE")
+        raise BadInput(
+            "tensor has the wrong dtype or rank",
+            where=f"{folder.path}, tensor {name}",
+            expected=f"{' or '.join(stored)} with {rank} axes",
+            found=f"{info.stored} {info.shape}",
+            code="E_SHAPE",
+        )
     return folder.read(name)
 
 
 def _expect(folder: ModelFolder, name: str, array: Array, shape: tuple[int, ...]) -> None:
     if array.shape != shape:
-        raise BadInput("tensor has the wrong shape", where=f"{folder.path}, tensor {name}", expected=shape,
-                       found=array.shape, code="E_SHAPE")
+        raise BadInput(
+            "tensor has the wrong shape",
+            where=f"{folder.path}, tensor {name}",
+            expected=shape,
+            found=array.shape,
+            code="E_SHAPE",
+        )
 
 
 def _check_separate(folder: ModelFolder, raw: Mapping[str, Any]) -> None:
@@ -218,22 +295,31 @@ def _check_separate(folder: ModelFolder, raw: Mapping[str, Any]) -> None:
         for key in _COMPARED:
             if key in raw and key in other and raw[key] != other[key]:
                 raise BadInput(
-                    f"config.json and {file} disagree about {key}", where=folder.path / file, expected=repr(raw[key]),
-                    found=repr(other[key])[:80], fix=f"correct one of them, or remove {file}", code="E_QUANT_CONFIG",
+                    f"config.json and {file} disagree about {key}",
+                    where=folder.path / file,
+                    expected=repr(raw[key]),
+                    found=repr(other[key])[:80],
+                    fix=f"correct one of them, or remove {file}",
+                    code="E_QUANT_CONFIG",
                 )
 
 
 def _whole(raw: Mapping[str, Any], key: str, where: str) -> int:
     value = raw.get(key)
     if type(value) is not int:
-        raise BadInput(f"quantization_config.{key} is no whole number", where=where, found=repr(value)[:40],
-                       code="E_QUANT_CONFIG")
+        raise BadInput(
+            f"quantization_config.{key} is no whole number", where=where, found=repr(value)[:40], code="E_QUANT_CONFIG"
+        )
     return value
 
 
 def _flag(raw: Mapping[str, Any], key: str, where: str, default: bool | None = None) -> bool:
     value = raw.get(key, default)
     if not isinstance(value, bool):
-        raise BadInput(f"quantization_config.{key} is not true or false", where=where, found=repr(value)[:40],
-                       code="E_QUANT_CONFIG")
+        raise BadInput(
+            f"quantization_config.{key} is not true or false",
+            where=where,
+            found=repr(value)[:40],
+            code="E_QUANT_CONFIG",
+        )
     return value

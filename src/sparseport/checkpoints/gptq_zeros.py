@@ -37,9 +37,10 @@ def decide_zero_storage(
     """
     where = str(folder.path / "config.json")
     label = _label(raw, where)
-    modules = [name.removesuffix(".qzeros") for name in folder.names() if name.endswith(".qzeros")]
+    split = (name.rpartition(".") for name in folder.names())
+    modules = list(dict.fromkeys(module for module, _, leaf in split if leaf in ("qweight", "qzeros")))
     if not modules:
-        raise BadInput("no qzeros tensors in a GPTQ checkpoint", where=folder.path, code="E_TENSOR")
+        raise BadInput("config.json says GPTQ, but no layer is stored so", where=folder.path, code="E_TENSOR")
     if sym:
         return _from_symmetric(folder, modules, label, override)
     chosen = override or label or ZeroPointStorage.V1
@@ -57,8 +58,13 @@ def _label(raw: Mapping[str, Any], where: str) -> ZeroPointStorage | None:
         if value is None:
             continue
         if not isinstance(value, str) or value not in _LABELS:
-            raise Unsupported(f"{key} is not a GPTQ layout that sparseport reads", where=where,
-                              expected=" or ".join(_LABELS), found=repr(value)[:40], code="E_QUANT_CONFIG")
+            raise Unsupported(
+                f"{key} is not a GPTQ layout that sparseport reads",
+                where=where,
+                expected=" or ".join(_LABELS),
+                found=repr(value)[:40],
+                code="E_QUANT_CONFIG",
+            )
         found.add(_LABELS[value])
     if len(found) > 1:
         raise BadInput("checkpoint_format and format disagree", where=where, fix=_ASK, code="E_ZEROS")
@@ -69,8 +75,13 @@ def _stored(folder: ModelFolder, module: str) -> U8:
     """Zero-points as stored, without V1's offset: uint8 [out, groups]."""
     info = folder.info(f"{module}.qzeros")
     if info.stored != "I32" or len(info.shape) != 2:
-        raise BadInput("tensor has the wrong dtype or rank", where=f"{folder.path}, tensor {module}.qzeros",
-                       expected="I32 with 2 axes", found=f"{info.stored} {info.shape}", code="E_SHAPE")
+        raise BadInput(
+            "tensor has the wrong dtype or rank",
+            where=f"{folder.path}, tensor {module}.qzeros",
+            expected="I32 with 2 axes",
+            found=f"{info.stored} {info.shape}",
+            code="E_SHAPE",
+        )
     return unpack_gptq_zero_points(folder.read(f"{module}.qzeros").view(np.int32), ZeroPointStorage.V2)
 
 
@@ -85,12 +96,21 @@ def _from_symmetric(
         spot = f"{folder.path}, tensor {module}.qzeros"
         if value not in by_value or (stored != value).any():
             found = sorted({int(v) for v in np.unique(stored)})
-            raise BadInput("config says sym, but the zero-points vary or are not the middle", where=spot,
-                           expected="7 everywhere (V1) or 8 everywhere (V2)", found=found,
-                           fix='set "sym": false in config.json if the model is asymmetric', code="E_ZEROS")
+            raise BadInput(
+                "config says sym, but the zero-points vary or are not the middle",
+                where=spot,
+                expected="7 everywhere (V1) or 8 everywhere (V2)",
+                found=found,
+                fix='set "sym": false in config.json if the model is asymmetric',
+                code="E_ZEROS",
+            )
         if seen is not None and by_value[value] is not seen:
-            raise BadInput("some layers store zero-points as V1, others as V2", where=spot, code="E_ZEROS",
-                           fix="quantise the model again")
+            raise BadInput(
+                "some layers store zero-points as V1, others as V2",
+                where=spot,
+                code="E_ZEROS",
+                fix="quantise the model again",
+            )
         seen = by_value[value]
     assert seen is not None
     claim = override or label
@@ -98,8 +118,12 @@ def _from_symmetric(
         who = "--gptq-zeros" if override else "checkpoint_format in config.json"
         raise BadInput(
             f"{who} says {claim.name} zero-points, but the symmetric model stores {7 if claim.value == 'v2' else 8} "
-            f"everywhere, which is {seen.name}", where=f"{folder.path}, tensor {modules[0]}.qzeros",
-            expected=claim.name, found=seen.name, fix=f"pass --gptq-zeros {seen.value}", code="E_ZEROS",
+            f"everywhere, which is {seen.name}",
+            where=f"{folder.path}, tensor {modules[0]}.qzeros",
+            expected=claim.name,
+            found=seen.name,
+            fix=f"pass --gptq-zeros {seen.value}",
+            code="E_ZEROS",
         )
     return seen
 
@@ -116,8 +140,12 @@ def _check_centred(folder: ModelFolder, modules: list[str], chosen: ZeroPointSto
         source = "config.json says" if labelled else "without checkpoint_format the file counts as"
         raise BadInput(
             f"{source} {chosen.name} zero-points, but then the weights are off centre by {mine:.2f} steps "
-            f"(as {other.name}: {theirs:.2f})", where=f"{folder.path}, tensor {modules[0]}.qzeros",
-            expected=chosen.name, found=f"data like {other.name}", fix=_ASK, code="E_ZEROS",
+            f"(as {other.name}: {theirs:.2f})",
+            where=f"{folder.path}, tensor {modules[0]}.qzeros",
+            expected=chosen.name,
+            found=f"data like {other.name}",
+            fix=_ASK,
+            code="E_ZEROS",
         )
 
 

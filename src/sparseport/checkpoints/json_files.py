@@ -58,9 +58,7 @@ def parse_json(data: bytes, *, where: str, what: str, code: str = "E_JSON") -> A
     if text.startswith("\ufeff"):
         raise BadInput(f"{what} starts with a byte-order mark", where=where, fix="save it as plain UTF-8", code=code)
     try:
-        value = json.loads(
-            text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite
-        )
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
     except RecursionError:
         raise _too_deep(what, where) from None
     except ValueError as error:

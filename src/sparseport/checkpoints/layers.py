@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 from sparseport.errors import BadInput
 
 _LAYER = re.compile(r"^(?P<stem>(?:.*\.)?(?:layers|h|blocks))\.(?P<index>\d+)\.(?P<rest>.+)$")
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
-_WEIGHT_PARTS = ("weight", "qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale",
-                 "weight_zero_point", "weight_shape")
+_WEIGHT_PARTS = (
+    "weight",
+    "qweight",
+    "qzeros",
+    "scales",
+    "g_idx",
+    "weight_packed",
+    "weight_scale",
+    "weight_zero_point",
+    "weight_shape",
+)
 
 
 def check_heads(config: dict[str, Any], where: str) -> None:
@@ -30,11 +40,21 @@ def check_heads(config: dict[str, Any], where: str) -> None:
         if type(value) is not int or value < 1:
             raise BadInput(f"{key} is no positive whole number", where=where, found=repr(value)[:40], code="E_CONFIG")
     if config.get("head_dim") is None and hidden % heads:
-        raise BadInput("num_attention_heads does not divide hidden_size", where=where,
-                       expected=f"a divisor of {hidden}", found=heads, code="E_CONFIG")
+        raise BadInput(
+            "num_attention_heads does not divide hidden_size",
+            where=where,
+            expected=f"a divisor of {hidden}",
+            found=heads,
+            code="E_CONFIG",
+        )
     if heads % kv_heads:
-        raise BadInput("num_key_value_heads does not divide num_attention_heads", where=where,
-                       expected=f"a divisor of {heads}", found=kv_heads, code="E_CONFIG")
+        raise BadInput(
+            "num_key_value_heads does not divide num_attention_heads",
+            where=where,
+            expected=f"a divisor of {heads}",
+            found=kv_heads,
+            code="E_CONFIG",
+        )
 
 
 def check_layer_tensors(names: Iterable[str], config: dict[str, Any], where: str) -> None:
@@ -55,8 +75,13 @@ def check_layer_tensors(names: Iterable[str], config: dict[str, Any], where: str
                 parts.setdefault(f"{module}.bias" if leaf == "bias" else f"{module}.weight", name)
     count = next((config[key] for key in _LAYER_COUNTS if key in config), None)
     if type(count) is not int or count < 1:
-        raise BadInput("the number of layers is no positive whole number", where=f"{where}/config.json",
-                       expected=" or ".join(_LAYER_COUNTS), found=repr(count)[:40], code="E_CONFIG")
+        raise BadInput(
+            "the number of layers is no positive whole number",
+            where=f"{where}/config.json",
+            expected=" or ".join(_LAYER_COUNTS),
+            found=repr(count)[:40],
+            code="E_CONFIG",
+        )
     if not layers:
         raise BadInput("no layer tensors found", where=where, expected=f"{count} layers", code="E_LAYERS")
     for stem, found in layers.items():
@@ -65,18 +90,23 @@ def check_layer_tensors(names: Iterable[str], config: dict[str, Any], where: str
             _refuse("tensors of layers beyond the config's number of layers", extra, count, len(found), where)
         every = {part for parts in found.values() for part in parts}
         mixed = any(".experts." in part for part in every)
-        missing = [
-            f"{stem}.{i}.{part}" for i in range(count)
+        absent = (
+            f"{stem}.{i}.{part}"
+            for i in range(count)
             for part in sorted(every if i not in found else () if mixed else every - set(found[i]))
-        ]
-        if missing:
+        )
+        # The count comes from a file and may be enormous, so only the first few names are ever made.
+        if missing := list(islice(absent, 4)):
             _refuse("layer tensors are missing", missing, count, len(found), where)
 
 
 def _refuse(what: str, names: list[str], expected: int, found: int, where: str) -> None:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    more = " and more" if len(names) > 3 else ""
     raise BadInput(
-        f"{what}: {', '.join(names[:3])}{more}", where=f"{where}, tensor {names[0]}", expected=f"{expected} layers",
-        found=f"{found} layers", fix="download the folder again, or correct num_hidden_layers in config.json",
+        f"{what}: {', '.join(names[:3])}{more}",
+        where=f"{where}, tensor {names[0]}",
+        expected=f"{expected} layers",
+        found=f"{found} layers",
+        fix="download the folder again, or correct num_hidden_layers in config.json",
         code="E_LAYERS",
     )

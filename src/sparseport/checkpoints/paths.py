@@ -29,8 +29,12 @@ def bare_file(directory: Path, name: object, what: str) -> Path:
     """
     if not isinstance(name, str) or not _is_bare(name):
         raise BadInput(
-            f"{what} is not a bare file name", where=directory, expected="a file name without folders",
-            found=repr(name), fix="put the file beside the others and name it without a path", code="E_PATH",
+            f"{what} is not a bare file name",
+            where=directory,
+            expected="a file name without folders",
+            found=repr(name),
+            fix="put the file beside the others and name it without a path",
+            code="E_PATH",
         )
     path = directory / name
     try:
@@ -44,7 +48,10 @@ def bare_file(directory: Path, name: object, what: str) -> Path:
         status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise BadInput(
-            f"{what} is not a regular file", where=path, expected="a regular file", found=_kind(status.st_mode),
+            f"{what} is not a regular file",
+            where=path,
+            expected="a regular file",
+            found=_kind(status.st_mode),
             code="E_PATH",
         )
     return path
@@ -67,9 +74,7 @@ def open_regular(path: Path) -> BinaryIO:
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
-        raise BadInput(
-            "not a regular file", where=path, expected="a regular file", found=_kind(mode), code="E_PATH"
-        )
+        raise BadInput("not a regular file", where=path, expected="a regular file", found=_kind(mode), code="E_PATH")
     return os.fdopen(descriptor, "rb")
 
 
@@ -101,15 +106,21 @@ def _check_link(directory: Path, path: Path, what: str) -> None:
     cached = root.parent.name == "snapshots" and target.parent == root.parent.parent / "blobs"
     if not inside and not cached:
         raise BadInput(
-            f"{what} is a link that leaves its folder", where=path, expected=f"a file inside {root}",
-            fix="copy the file into the folder", code="E_PATH",
+            f"{what} is a link that leaves its folder",
+            where=path,
+            expected=f"a file inside {root}",
+            fix="copy the file into the folder",
+            code="E_PATH",
         )
 
 
 def _kind(mode: int) -> str:
     names = (
-        (stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a FIFO"), (stat.S_ISCHR, "a character device"),
-        (stat.S_ISBLK, "a block device"), (stat.S_ISSOCK, "a socket"),
+        (stat.S_ISDIR, "a folder"),
+        (stat.S_ISFIFO, "a FIFO"),
+        (stat.S_ISCHR, "a character device"),
+        (stat.S_ISBLK, "a block device"),
+        (stat.S_ISSOCK, "a socket"),
     )
     return next((name for test, name in names if test(mode)), "something else")
 

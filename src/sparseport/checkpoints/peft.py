@@ -27,7 +27,10 @@ from sparseport.weights.linear import Array, LowRankBranch
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 _SUFFIXES = {
-    ".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_A.default.weight": "A", ".lora_B.default.weight": "B",
+    ".lora_A.weight": "A",
+    ".lora_B.weight": "B",
+    ".lora_A.default.weight": "A",
+    ".lora_B.default.weight": "B",
 }
 _FLOATS = ("F16", "BF16", "F32")
 
@@ -83,8 +86,10 @@ class AdapterFolder:
             return adapter
         if not allow_pickle:
             raise BadInput(
-                "the adapter is only there as a pickle file, which can run code when it is read", where=pickle,
-                expected=WEIGHTS, code="E_PICKLE",
+                "the adapter is only there as a pickle file, which can run code when it is read",
+                where=pickle,
+                expected=WEIGHTS,
+                code="E_PICKLE",
                 fix="convert it to safetensors in an environment you trust, or pass --allow-pickle to have it read as "
                 "plain tensors in a separate process",
             )
@@ -131,8 +136,11 @@ class AdapterFolder:
             if bad.any():
                 first = tuple(int(i) for i in np.argwhere(bad)[0])
                 raise BadInput(
-                    f"{int(bad.sum())} adapter values are NaN or infinite", where=f"{self._source}, tensor {name}",
-                    expected="finite numbers", found=f"{array[first]} at {first}", code="E_FINITE",
+                    f"{int(bad.sum())} adapter values are NaN or infinite",
+                    where=f"{self._source}, tensor {name}",
+                    expected="finite numbers",
+                    found=f"{array[first]} at {first}",
+                    code="E_FINITE",
                     fix="the training run diverged; use an earlier checkpoint of the adapter",
                 )
             arrays[side] = array
@@ -154,19 +162,33 @@ class AdapterFolder:
         for module in self.modules():
             where = f"{self._source}, tensor {self._tensors[module]['A']}"
             if module not in linear:
-                raise BadInput("the adapter targets a module that the base does not have", where=where,
-                               expected=f"{module} in {base.path}", fix=way_out, code="E_PAIRING")
+                raise BadInput(
+                    "the adapter targets a module that the base does not have",
+                    where=where,
+                    expected=f"{module} in {base.path}",
+                    fix=way_out,
+                    code="E_PAIRING",
+                )
             found = _base_shape(base, module)
             if found is not None and found != self.shape(module):
-                raise BadInput("adapter and base disagree about a module's shape", where=where, expected=found,
-                               found=self.shape(module), fix=way_out, code="E_PAIRING")
+                raise BadInput(
+                    "adapter and base disagree about a module's shape",
+                    where=where,
+                    expected=found,
+                    found=self.shape(module),
+                    fix=way_out,
+                    code="E_PAIRING",
+                )
         if any(self.config.get(key) for key in ("layers_to_transform", "exclude_modules")):
             return
         for module in sorted(linear - set(self._tensors), key=natural):
             if self._targets(module):
-                raise BadInput("the adapter's config targets a module for which it holds no tensors",
-                               where=f"{self._source}, tensor {PREFIX}{module}.lora_A.weight", code="E_ADAPTER",
-                               fix="export the adapter again")
+                raise BadInput(
+                    "the adapter's config targets a module for which it holds no tensors",
+                    where=f"{self._source}, tensor {PREFIX}{module}.lora_A.weight",
+                    code="E_ADAPTER",
+                    fix="export the adapter again",
+                )
 
     def input_files(self) -> list[Path]:
         """The files that have a say in the result."""
@@ -195,8 +217,12 @@ class AdapterFolder:
         try:
             return self._tensors[module]
         except KeyError:
-            raise BadInput("the adapter has no such module", where=f"{self._source}, module {module}",
-                           expected=", ".join(self.modules()[:3]) + ", ...", code="E_ADAPTER") from None
+            raise BadInput(
+                "the adapter has no such module",
+                where=f"{self._source}, module {module}",
+                expected=", ".join(self.modules()[:3]) + ", ...",
+                code="E_ADAPTER",
+            ) from None
 
     def _targets(self, module: str) -> bool:
         # A pattern (target_modules given as text) never equals a module name, so it targets nothing here.
@@ -207,27 +233,48 @@ class AdapterFolder:
             for side in ("A", "B"):
                 if side not in pair:
                     present = next(iter(pair.values()))
-                    raise BadInput(f"module {module} has no lora_{side}", where=f"{self._source}, tensor {present}",
-                                   fix="export the adapter again", code="E_ADAPTER")
+                    raise BadInput(
+                        f"module {module} has no lora_{side}",
+                        where=f"{self._source}, tensor {present}",
+                        fix="export the adapter again",
+                        code="E_ADAPTER",
+                    )
             a, b = self._file.info(pair["A"]), self._file.info(pair["B"])
             for info in (a, b):
                 if info.stored not in _FLOATS or len(info.shape) != 2 or 0 in info.shape:
-                    raise BadInput("adapter tensor has the wrong dtype or shape",
-                                   where=f"{self._source}, tensor {info.name}",
-                                   expected=f"{' or '.join(_FLOATS)}, two axes, not empty",
-                                   found=f"{info.stored} {info.shape}", code="E_ADAPTER")
+                    raise BadInput(
+                        "adapter tensor has the wrong dtype or shape",
+                        where=f"{self._source}, tensor {info.name}",
+                        expected=f"{' or '.join(_FLOATS)}, two axes, not empty",
+                        found=f"{info.stored} {info.shape}",
+                        code="E_ADAPTER",
+                    )
             if a.shape[0] != b.shape[1]:
-                raise BadInput("lora_A and lora_B have different ranks", where=f"{self._source}, tensor {b.name}",
-                               expected=a.shape[0], found=b.shape[1], code="E_ADAPTER")
+                raise BadInput(
+                    "lora_A and lora_B have different ranks",
+                    where=f"{self._source}, tensor {b.name}",
+                    expected=a.shape[0],
+                    found=b.shape[1],
+                    code="E_ADAPTER",
+                )
             if a.shape[0] > self.r:
-                raise BadInput("the tensor's rank is above the config's r", where=f"{self._source}, tensor {a.name}",
-                               expected=f"at most {self.r}", found=a.shape[0], code="E_ADAPTER")
+                raise BadInput(
+                    "the tensor's rank is above the config's r",
+                    where=f"{self._source}, tensor {a.name}",
+                    expected=f"at most {self.r}",
+                    found=a.shape[0],
+                    code="E_ADAPTER",
+                )
             if a.shape[0] > min(a.shape[1], b.shape[0]):
                 self.warnings.append(f"{module}: rank {a.shape[0]} is above both features {b.shape[0]} x {a.shape[1]}")
             if isinstance(self.config.get("target_modules"), list) and not self._targets(module):
-                raise BadInput("the adapter holds a module that its config does not target",
-                               where=f"{self._source}, tensor {a.name}", expected=", ".join(self.target_modules),
-                               found=module, code="E_ADAPTER")
+                raise BadInput(
+                    "the adapter holds a module that its config does not target",
+                    where=f"{self._source}, tensor {a.name}",
+                    expected=", ".join(self.target_modules),
+                    found=module,
+                    code="E_ADAPTER",
+                )
 
 
 def write_adapter(
@@ -256,21 +303,40 @@ def write_adapter(
     for module in sorted(branches, key=natural):
         branch = branches[module]
         if branch.rank > r or not math.isclose(branch.scaling, alpha / r, rel_tol=1e-12):
-            raise FidelityError("branch does not fit the adapter's r and alpha", where=f"{directory}, module {module}",
-                                expected=f"rank <= {r}, scaling {alpha / r}",
-                                found=f"rank {branch.rank}, scaling {branch.scaling}")
+            raise FidelityError(
+                "branch does not fit the adapter's r and alpha",
+                where=f"{directory}, module {module}",
+                expected=f"rank <= {r}, scaling {alpha / r}",
+                found=f"rank {branch.rank}, scaling {branch.scaling}",
+            )
         arrays[f"{PREFIX}{module}.lora_A.weight"] = branch.a
         arrays[f"{PREFIX}{module}.lora_B.weight"] = branch.b
     directory.mkdir(parents=True, exist_ok=True)
     write_safetensors(directory / WEIGHTS, [spec_of(name, array) for name, array in arrays.items()])
     whole = int(alpha) if float(alpha).is_integer() else alpha
-    write_json(directory / CONFIG, {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model_name,
-        "r": r, "lora_alpha": whole, "lora_dropout": dropout, "target_modules": sorted(target_modules),
-        "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
-        "modules_to_save": None, "use_dora": False, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {},
-        "sparse_adapter": sparse_adapter, "quantization_aware": quantization_aware,
-    })
+    write_json(
+        directory / CONFIG,
+        {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base_model_name,
+            "r": r,
+            "lora_alpha": whole,
+            "lora_dropout": dropout,
+            "target_modules": sorted(target_modules),
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "inference_mode": True,
+            "init_lora_weights": True,
+            "modules_to_save": None,
+            "use_dora": False,
+            "use_rslora": False,
+            "rank_pattern": {},
+            "alpha_pattern": {},
+            "sparse_adapter": sparse_adapter,
+            "quantization_aware": quantization_aware,
+        },
+    )
 
 
 def _built(
@@ -288,16 +354,27 @@ def _pairs(file: SafeTensorsFile, source: Path) -> dict[str, dict[str, str]]:
     for name in file.names():
         suffix = next((s for s in _SUFFIXES if name.endswith(s)), None)
         if suffix is None:
-            raise Unsupported("adapter tensor is not part of plain LoRA on linear layers",
-                              where=f"{source}, tensor {name}", expected="*.lora_A.weight, *.lora_B.weight",
-                              code="E_ADAPTER_OPTION")
+            raise Unsupported(
+                "adapter tensor is not part of plain LoRA on linear layers",
+                where=f"{source}, tensor {name}",
+                expected="*.lora_A.weight, *.lora_B.weight",
+                code="E_ADAPTER_OPTION",
+            )
         if not name.startswith(PREFIX):
-            raise BadInput("adapter tensor has an unknown prefix", where=f"{source}, tensor {name}", expected=PREFIX,
-                           code="E_ADAPTER")
+            raise BadInput(
+                "adapter tensor has an unknown prefix",
+                where=f"{source}, tensor {name}",
+                expected=PREFIX,
+                code="E_ADAPTER",
+            )
         module = name[len(PREFIX) : -len(suffix)]
         if _SUFFIXES[suffix] in pairs.setdefault(module, {}):
-            raise BadInput("two tensors stand for the same side of a module", where=f"{source}, tensor {name}",
-                           found=pairs[module][_SUFFIXES[suffix]], code="E_ADAPTER")
+            raise BadInput(
+                "two tensors stand for the same side of a module",
+                where=f"{source}, tensor {name}",
+                found=pairs[module][_SUFFIXES[suffix]],
+                code="E_ADAPTER",
+            )
         pairs[module][_SUFFIXES[suffix]] = name
     if not pairs:
         raise BadInput("the adapter holds no tensors", where=source, fix="export the adapter again", code="E_ADAPTER")
@@ -305,10 +382,11 @@ def _pairs(file: SafeTensorsFile, source: Path) -> dict[str, dict[str, str]]:
 
 
 def _base_shape(base: ModelFolder, module: str) -> tuple[int, int] | None:
+    # None for a packed layer of another kind: its own reader knows the shape.
     if base.has(f"{module}.weight"):
         rows, columns = base.info(f"{module}.weight").shape
         return rows, columns
-    if base.has(f"{module}.qweight"):
+    if base.has(f"{module}.qweight") and len(base.info(f"{module}.qweight").shape) == 2:
         words, rows = base.info(f"{module}.qweight").shape
         return rows, words * 8
     return None

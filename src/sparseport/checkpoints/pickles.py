@@ -39,6 +39,9 @@ def convert_pickle(source: Path, target: Path) -> None:
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         raise BadInput(
-            "pickle could not be read as plain tensors", where=source, found=lines[-1][:300],
-            fix="convert it to safetensors in an environment you trust", code="E_PICKLE",
+            "pickle could not be read as plain tensors",
+            where=source,
+            found=lines[-1][:300],
+            fix="convert it to safetensors in an environment you trust",
+            code="E_PICKLE",
         )

@@ -57,9 +57,7 @@ class SafeTensorsFile:
             head = file.read(SNIFF_BYTES)
             # A header length can look like a magic number, so sniff only where no header starts.
             if head[8:9] != b"{" and (meaning := recognise(head)):
-                raise BadInput(
-                    f"this is {meaning}", where=where, expected="a safetensors file", code="E_ST_HEADER"
-                )
+                raise BadInput(f"this is {meaning}", where=where, expected="a safetensors file", code="E_ST_HEADER")
             length = header_length(head, size, where)
             file.seek(8)
             header = file.read(length)
@@ -221,7 +219,9 @@ def _bytes_of(spec: TensorSpec, path: Path) -> memoryview:
     array = spec.produce()
     if array.dtype != spec.dtype or tuple(array.shape) != spec.shape:
         raise FidelityError(
-            "tensor to be written is not what was announced", where=f"{path}, tensor {spec.name}",
-            expected=f"{spec.dtype} {spec.shape}", found=f"{array.dtype} {tuple(array.shape)}",
+            "tensor to be written is not what was announced",
+            where=f"{path}, tensor {spec.name}",
+            expected=f"{spec.dtype} {spec.shape}",
+            found=f"{array.dtype} {tuple(array.shape)}",
         )
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

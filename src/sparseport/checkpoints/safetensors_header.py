@@ -21,10 +21,23 @@ MAX_RANK = 8
 
 # Stored dtype -> (bytes per element, numpy name). None: the size is known, but numpy has no such type.
 DTYPES: dict[str, tuple[int, str | None]] = {
-    "F64": (8, "<f8"), "F32": (4, "<f4"), "F16": (2, "<f2"), "BF16": (2, "bfloat16"),
-    "I64": (8, "<i8"), "I32": (4, "<i4"), "I16": (2, "<i2"), "I8": (1, "i1"),
-    "U64": (8, "<u8"), "U32": (4, "<u4"), "U16": (2, "<u2"), "U8": (1, "u1"), "BOOL": (1, "?"),
-    "F8_E4M3": (1, None), "F8_E5M2": (1, None), "F8_E8M0": (1, None), "C64": (8, None),
+    "F64": (8, "<f8"),
+    "F32": (4, "<f4"),
+    "F16": (2, "<f2"),
+    "BF16": (2, "bfloat16"),
+    "I64": (8, "<i8"),
+    "I32": (4, "<i4"),
+    "I16": (2, "<i2"),
+    "I8": (1, "i1"),
+    "U64": (8, "<u8"),
+    "U32": (4, "<u4"),
+    "U16": (2, "<u2"),
+    "U8": (1, "u1"),
+    "BOOL": (1, "?"),
+    "F8_E4M3": (1, None),
+    "F8_E5M2": (1, None),
+    "F8_E8M0": (1, None),
+    "C64": (8, None),
 }
 READABLE = tuple(code for code, (_, name) in DTYPES.items() if name)
 
@@ -98,19 +111,31 @@ def header_length(prefix: bytes, file_size: int, where: str) -> int:
     """
     if len(prefix) < 8:
         raise BadInput(
-            "file is too short for a safetensors header", where=where, expected="at least 8 bytes", found=len(prefix),
-            fix="download it again", code="E_ST_TRUNC",
+            "file is too short for a safetensors header",
+            where=where,
+            expected="at least 8 bytes",
+            found=len(prefix),
+            fix="download it again",
+            code="E_ST_TRUNC",
         )
     (length,) = struct.unpack("<Q", prefix[:8])
     if length < 2 or length > MAX_HEADER_BYTES:
         raise BadInput(
-            "safetensors header length is impossible", where=where, expected=f"2..{MAX_HEADER_BYTES}", found=length,
-            fix="this is no safetensors file, or it is damaged: download it again", code="E_ST_HEADER",
+            "safetensors header length is impossible",
+            where=where,
+            expected=f"2..{MAX_HEADER_BYTES}",
+            found=length,
+            fix="this is no safetensors file, or it is damaged: download it again",
+            code="E_ST_HEADER",
         )
     if 8 + length > file_size:
         raise BadInput(
-            "file ends inside its header", where=where, expected=f"at least {8 + length} bytes",
-            found=f"{file_size} bytes", fix="download it again", code="E_ST_TRUNC",
+            "file ends inside its header",
+            where=where,
+            expected=f"at least {8 + length} bytes",
+            found=f"{file_size} bytes",
+            fix="download it again",
+            code="E_ST_TRUNC",
         )
     return int(length)
 
@@ -162,21 +187,30 @@ def _entry(name: str, entry: Any, start: int, where: str) -> TensorInfo:
         )
     if not _naturals(shape) or len(shape) > MAX_RANK:
         raise BadInput(
-            "shape is not a list of whole numbers", where=spot, expected=f"at most {MAX_RANK} numbers >= 0",
-            found=_short(shape), code="E_ST_HEADER",
+            "shape is not a list of whole numbers",
+            where=spot,
+            expected=f"at most {MAX_RANK} numbers >= 0",
+            found=_short(shape),
+            code="E_ST_HEADER",
         )
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise BadInput(
-            "data_offsets are wrong", where=spot, expected="[begin, end] with 0 <= begin <= end",
-            found=_short(offsets), code="E_ST_HEADER",
+            "data_offsets are wrong",
+            where=spot,
+            expected="[begin, end] with 0 <= begin <= end",
+            found=_short(offsets),
+            code="E_ST_HEADER",
         )
     size = DTYPES[stored][0]
     for length in shape:
         size *= length
     if size >= 1 << 63 or size != offsets[1] - offsets[0]:
         raise BadInput(
-            "shape and dtype do not fit the byte range", where=spot, expected=f"{_short(size)} bytes",
-            found=f"{_short(offsets[1] - offsets[0])} bytes", code="E_ST_HEADER",
+            "shape and dtype do not fit the byte range",
+            where=spot,
+            expected=f"{_short(size)} bytes",
+            found=f"{_short(offsets[1] - offsets[0])} bytes",
+            code="E_ST_HEADER",
         )
     return TensorInfo(name, stored, tuple(shape), start + offsets[0], start + offsets[1])
 
@@ -187,22 +221,33 @@ def _check_cover(infos: list[TensorInfo], start: int, file_size: int, where: str
         if info.begin != position:
             kind = "overlap" if info.begin < position else "leave a hole between them"
             raise BadInput(
-                f"tensors {previous} and {info.name} {kind}", where=where, expected=f"begin at byte {position}",
-                found=f"byte {_short(info.begin)}", fix="write the file again", code="E_ST_COVER",
+                f"tensors {previous} and {info.name} {kind}",
+                where=where,
+                expected=f"begin at byte {position}",
+                found=f"byte {_short(info.begin)}",
+                fix="write the file again",
+                code="E_ST_COVER",
             )
         if info.nbytes:
             previous = info.name
         position = info.end
     if file_size < position:
         raise BadInput(
-            f"file is truncated; tensor {previous} is the last it should hold", where=where,
-            expected=f"{_short(position)} bytes", found=f"{file_size} bytes", fix="download it again",
+            f"file is truncated; tensor {previous} is the last it should hold",
+            where=where,
+            expected=f"{_short(position)} bytes",
+            found=f"{file_size} bytes",
+            fix="download it again",
             code="E_ST_TRUNC",
         )
     if file_size > position:
         raise BadInput(
-            f"bytes follow after the last tensor ({previous})", where=where, expected=f"{position} bytes",
-            found=f"{file_size} bytes", fix="download it again", code="E_ST_COVER",
+            f"bytes follow after the last tensor ({previous})",
+            where=where,
+            expected=f"{position} bytes",
+            found=f"{file_size} bytes",
+            fix="download it again",
+            code="E_ST_COVER",
         )
 
 

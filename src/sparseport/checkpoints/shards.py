@@ -17,6 +17,8 @@ from sparseport.errors import BadInput
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+# What a trainer leaves beside a checkpoint; no weights in it.
+_TRAINING_STATE = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def open_weights(directory: Path, *, allow_pickle: bool = False, ignore_extra: b
         BadInput: no weights, only pickles (E_PICKLE), or an index that does not match its shards.
     """
     names = sorted(entry.name for entry in directory.iterdir())
-    pickles = [n for n in names if n.endswith(PICKLE_SUFFIXES) and n != "training_args.bin"]
+    pickles = [n for n in names if n.endswith(PICKLE_SUFFIXES) and not n.startswith(_TRAINING_STATE)]
     warnings = [f"{name} is not used: safetensors files are present" for name in pickles]
     if SINGLE in names:
         if INDEX in names:
@@ -68,15 +70,21 @@ def open_weights(directory: Path, *, allow_pickle: bool = False, ignore_extra: b
         return _open_pickles(directory, pickles)
     if pickles:
         raise BadInput(
-            "the weights are only there as pickle files, which can run code when they are read", where=directory,
-            expected=SINGLE, found=", ".join(pickles[:3]), code="E_PICKLE",
+            "the weights are only there as pickle files, which can run code when they are read",
+            where=directory,
+            expected=SINGLE,
+            found=", ".join(pickles[:3]),
+            code="E_PICKLE",
             fix="convert them in an environment you trust: load with transformers, then save_pretrained(folder), which "
             "writes safetensors; or pass --allow-pickle to have them read as plain tensors in a separate process",
         )
     found = [n for n in names if n.endswith(".safetensors")]
     raise BadInput(
-        "the folder holds no weights", where=directory, expected=f"{SINGLE} or {INDEX}",
-        found=", ".join(found[:3]) or "no safetensors file", code="E_MISSING",
+        "the folder holds no weights",
+        where=directory,
+        expected=f"{SINGLE} or {INDEX}",
+        found=", ".join(found[:3]) or "no safetensors file",
+        code="E_MISSING",
         fix="download the folder again, with its index if the weights come in shards",
     )
 
@@ -127,8 +135,12 @@ def _open_pickles(directory: Path, names: list[str]) -> Weights:
             sources.append(source)
             for tensor in file.names():
                 if tensor in home:
-                    raise BadInput("two pickle files hold the same tensor", where=f"{source}, tensor {tensor}",
-                                   fix="keep one set of weight files in the folder", code="E_PICKLE")
+                    raise BadInput(
+                        "two pickle files hold the same tensor",
+                        where=f"{source}, tensor {tensor}",
+                        fix="keep one set of weight files in the folder",
+                        code="E_PICKLE",
+                    )
                 home[tensor] = file
     except BaseException:
         Weights(home, tuple(files), tuple(sources), temporary=temporary).close()
@@ -145,8 +157,10 @@ def _tensors_by_shard(index: dict[str, Any], path: Path) -> dict[str, list[str]]
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str):
             raise BadInput(
-                "index maps a tensor to something that is no file name", where=f"{path}, tensor {tensor}",
-                found=repr(shard)[:80], code="E_PATH",
+                "index maps a tensor to something that is no file name",
+                where=f"{path}, tensor {tensor}",
+                found=repr(shard)[:80],
+                code="E_PATH",
             )
         by_shard.setdefault(shard, []).append(tensor)
     return by_shard
@@ -157,14 +171,18 @@ def _match(file: SafeTensorsFile, tensors: Iterable[str], ignore_extra: bool, wa
     for name in sorted(mapped):
         if name not in file:
             raise BadInput(
-                f"the index maps tensor {name} to a shard that does not hold it", where=file.path,
-                fix="download the index and the shards again, together", code="E_INDEX",
+                f"the index maps tensor {name} to a shard that does not hold it",
+                where=file.path,
+                fix="download the index and the shards again, together",
+                code="E_INDEX",
             )
     extra = sorted(set(file.names()) - mapped)
     if extra and not ignore_extra:
         raise BadInput(
-            f"{len(extra)} tensors of a shard are not in the index for it", where=f"{file.path}, tensor {extra[0]}",
-            fix="download the index again, or pass --ignore-extra to leave them out", code="E_INDEX",
+            f"{len(extra)} tensors of a shard are not in the index for it",
+            where=f"{file.path}, tensor {extra[0]}",
+            fix="download the index again, or pass --ignore-extra to leave them out",
+            code="E_INDEX",
         )
     if extra:
         count = f"{len(extra)} tensors are not in the index and are left out"

@@ -28,7 +28,7 @@ def row_blocks(shape: tuple[int, int]) -> Iterator[slice]:
 
 
 def low_rank_product(branch: LowRankBranch, where: str = "adapter") -> F32:
-    """Return b @ a as float32 [out, in], each element correctly rounded from the exact sum.
+    """Return b @ a as float32 [out, in], each element correctly rounded from the exact sum; zeros are +0.
 
     Adapters of float16, bfloat16 or float32 are accepted: their products are exact in float64.
 
@@ -37,8 +37,12 @@ def low_rank_product(branch: LowRankBranch, where: str = "adapter") -> F32:
     """
     for label, array in (("lora_A", branch.a), ("lora_B", branch.b)):
         if array.dtype.itemsize > 4:
-            raise BadInput("adapter weights must be float16, bfloat16 or float32", where=f"{where}.{label}",
-                           found=array.dtype, fix="save the adapter in float32")
+            raise BadInput(
+                "adapter weights must be float16, bfloat16 or float32",
+                where=f"{where}.{label}",
+                found=array.dtype,
+                fix="save the adapter in float32",
+            )
         if not np.isfinite(array.astype(np.float32)).all():
             raise BadInput("adapter holds NaN or Inf", where=f"{where}.{label}", code="E_NAN")
     a = branch.a.astype(np.float64)
@@ -55,7 +59,8 @@ def low_rank_product(branch: LowRankBranch, where: str = "adapter") -> F32:
             unsure = block != (centre + margin).astype(np.float32)
             for i, j in np.argwhere(unsure):
                 block[i, j] = np.float32(math.fsum((b[rows][i] * a[:, j]).tolist()))
-            product[rows] = block
+            # Adding 0 makes every zero +0: the sign of a vanishing sum depends on the order of summation.
+            np.add(block, np.float32(0), out=product[rows])
     if not np.isfinite(product).all():
         raise BadInput("adapter product overflows float32", where=where, code="E_OVERFLOW")
     return product
@@ -64,5 +69,6 @@ def low_rank_product(branch: LowRankBranch, where: str = "adapter") -> F32:
 def scaled_delta(branch: LowRankBranch, where: str = "adapter") -> F32:
     """Return scaling * (b @ a) as float32 [out, in]: the correctly rounded product times the float32 scaling."""
     product = low_rank_product(branch, where)
-    product *= np.float32(branch.scaling)
+    with np.errstate(over="ignore"):  # an infinite delta is refused where it is added
+        product *= np.float32(branch.scaling)
     return product

@@ -20,7 +20,8 @@ def merge_lora(base: DenseWeight, branch: LowRankBranch, where: str) -> DenseWei
     """
     if base.mask is not None and not base.mask.all():
         raise FidelityError(
-            "a dense LoRA merge would fill the pruned weights of a sparse base", where=where,
+            "a dense LoRA merge would fill the pruned weights of a sparse base",
+            where=where,
             found=f"{int((~base.mask).sum())} pruned weights",
             fix="train with sparse_adapter (SparsePEFT) and merge with rule sparse_peft, or keep the adapter un-merged",
             code="E_RULE",
@@ -52,8 +53,14 @@ def scaled_delta_for(shape: tuple[int, int], branch: LowRankBranch, where: str) 
     """
     fits = (branch.b.shape[0], branch.a.shape[1])
     if fits != shape:
-        raise BadInput("adapter does not fit its base", where=where, expected=shape, found=fits,
-                       fix="use the base model that the adapter was trained on", code="E_PAIRING")
+        raise BadInput(
+            "adapter does not fit its base",
+            where=where,
+            expected=shape,
+            found=fits,
+            fix="use the base model that the adapter was trained on",
+            code="E_PAIRING",
+        )
     return scaled_delta(branch, where)
 
 
@@ -64,6 +71,10 @@ def _add(values: Array, delta: F32, where: str) -> Array:
     with np.errstate(over="ignore"):
         merged = (wide + delta).astype(values.dtype)
     if not np.isfinite(merged.astype(np.float32)).all():
-        raise BadInput(f"merged weight overflows {values.dtype}", where=where, code="E_OVERFLOW",
-                       fix="store the base in float32 or bfloat16")
+        raise BadInput(
+            f"merged weight overflows {values.dtype}",
+            where=where,
+            code="E_OVERFLOW",
+            fix="store the base in float32 or bfloat16",
+        )
     return merged

@@ -80,14 +80,16 @@ def _carry(base: QuantizedWeight | DenseWeight, mask: Mask | None, where: str, m
     if mask_policy == "reapply":
         return Merged(prune_again(masked, mask), re_pruned=count)
     raise FidelityError(
-        "the base itself revives weights that the sparse base prunes", where=where, found=f"{count} weights",
+        "the base itself revives weights that the sparse base prunes",
+        where=where,
+        found=f"{count} weights",
         fix="`--mask-policy keep-codes` exports what was trained and records them, `--mask-policy reapply` prunes them",
         code="E_MASK",
     )
 
 
 def prune_again(weight: QuantizedWeight | DenseWeight, mask: Mask) -> QuantizedWeight | DenseWeight:
-    """The weight with every pruned entry set to exactly zero (code == zero_point); `mask` in the model's column order."""
+    """The weight with every pruned entry exactly zero (code == zero_point); `mask` in the model's column order."""
     if isinstance(weight, DenseWeight):
         return replace(weight, values=np.where(mask, weight.values, np.zeros((), weight.values.dtype)), mask=mask)
     stored = mask if weight.input_order is None else mask[:, weight.input_order]

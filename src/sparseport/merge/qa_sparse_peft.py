@@ -47,8 +47,13 @@ def merge_qa_sparse_peft(
     if sparse.mask is None:
         raise BadInput("QA-SparsePEFT needs the mask of the sparse base", where=where, fix="give --sparse-base DIR")
     if sparse.shape != quantized.shape:
-        raise BadInput("sparse base and quantised base differ in shape", where=where, expected=quantized.shape,
-                       found=sparse.shape, code="E_PAIRING")
+        raise BadInput(
+            "sparse base and quantised base differ in shape",
+            where=where,
+            expected=quantized.shape,
+            found=sparse.shape,
+            code="E_PAIRING",
+        )
     check_same_model(sparse, quantized, where)
     delta = scaled_delta_for(sparse.shape, branch, where)
     codes = np.empty(sparse.shape, np.uint8)
@@ -70,9 +75,9 @@ def merge_qa_sparse_peft(
 def check_same_model(sparse: DenseWeight, quantized: QuantizedWeight, where: str) -> None:
     """Refuse a sparse base that is not the one the INT4 base was made from.
 
-    Three signs are read, on a sample of rows: kept weights lie close to their dequantised values; kept weights larger than a scale are not
-    at zero in the INT4 base (else the given base is less sparse); pruned weights are mostly at zero there (else it is
-    sparser).
+    Three signs are read, on a sample of rows: kept weights lie close to their dequantised values; kept weights larger
+    than a scale are not at zero in the INT4 base (else the given base is less sparse); pruned weights are mostly at
+    zero there (else it is sparser).
 
     Raises:
         BadInput: one of the three does not hold.
@@ -80,7 +85,9 @@ def check_same_model(sparse: DenseWeight, quantized: QuantizedWeight, where: str
     assert sparse.mask is not None
     sample = slice(None, None, max(1, sparse.shape[0] // _SAMPLE_ROWS))
     part = replace(
-        quantized, codes=quantized.codes[sample], scales=quantized.scales[sample],
+        quantized,
+        codes=quantized.codes[sample],
+        scales=quantized.scales[sample],
         zero_points=quantized.zero_points[sample],
     )
     kept = sparse.mask[sample]
@@ -92,19 +99,29 @@ def check_same_model(sparse: DenseWeight, quantized: QuantizedWeight, where: str
         median = float(np.median(np.abs(ratio - steps)[kept]))
         if median > _MEDIAN_DISTANCE_LIMIT:
             raise BadInput(
-                "the sparse base is not the model that the INT4 base was made from", where=where, fix=fix,
-                expected=f"a median distance below {_MEDIAN_DISTANCE_LIMIT:g} scales", found=f"{median:.1f}",
+                "the sparse base is not the model that the INT4 base was made from",
+                where=where,
+                fix=fix,
+                expected=f"a median distance below {_MEDIAN_DISTANCE_LIMIT:g} scales",
+                found=f"{median:.1f}",
                 code="E_PAIRING",
             )
     large = kept & (np.abs(ratio) > 1)
     if large.any() and (share := float((steps[large] == 0).mean())) > _LARGE_AT_ZERO_LIMIT:
         raise BadInput(
-            "the sparse base keeps weights that are zero in the INT4 base: it is less sparse", where=where, fix=fix,
-            expected=f"at most {_LARGE_AT_ZERO_LIMIT:.0%}", found=f"{share:.0%} of the large ones", code="E_PAIRING",
+            "the sparse base keeps weights that are zero in the INT4 base: it is less sparse",
+            where=where,
+            fix=fix,
+            expected=f"at most {_LARGE_AT_ZERO_LIMIT:.0%}",
+            found=f"{share:.0%} of the large ones",
+            code="E_PAIRING",
         )
     if not kept.all() and (share := float((steps[~kept] != 0).mean())) > _PRUNED_OFF_ZERO_LIMIT:
         raise BadInput(
-            "the sparse base prunes weights that the INT4 base keeps: it is sparser", where=where, fix=fix,
-            expected=f"at most {_PRUNED_OFF_ZERO_LIMIT:.0%}", found=f"{share:.0%} of the pruned ones",
+            "the sparse base prunes weights that the INT4 base keeps: it is sparser",
+            where=where,
+            fix=fix,
+            expected=f"at most {_PRUNED_OFF_ZERO_LIMIT:.0%}",
+            found=f"{share:.0%} of the pruned ones",
             code="E_PAIRING",
         )

@@ -6,7 +6,7 @@ The exporter reads these files like anyone else's; nothing else passes between t
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +40,8 @@ def write_sparse_base(base: ModelFolder, masks: Mapping[str, Mask], out_dir: Pat
     specs = []
     for name in _own_tensors(base):
         info = base.info(name)
-        mask = masks.get(name.removesuffix(".weight"))
-        specs.append(TensorSpec(name, info.dtype, info.shape, _producer(base, name, mask)))
+        produce = _producer(base, name, masks.get(name.removesuffix(".weight")))
+        specs.append(TensorSpec(name, info.dtype, info.shape, produce))
     write_safetensors(out_dir / "model.safetensors", specs)
     write_json(out_dir / "config.json", base.config)
 
@@ -71,8 +71,11 @@ def write_gptq_base(
     for module, weight in weights:
         packed |= gptq_tensors(module, weight, storage)
         done.add(f"{module}.weight")
-    rest = [TensorSpec(name, base.info(name).dtype, base.info(name).shape, _producer(base, name, None))
-            for name in _own_tensors(base) if name not in done]
+    rest = [
+        TensorSpec(name, base.info(name).dtype, base.info(name).shape, _producer(base, name, None))
+        for name in _own_tensors(base)
+        if name not in done
+    ]
     write_safetensors(out_dir / "model.safetensors", [*rest, *(spec_of(name, value) for name, value in packed.items())])
     settings = gptq_config_dict(group_size=group_size, sym=symmetric, storage=storage)
     write_json(out_dir / "config.json", {**base.config, "quantization_config": settings})
@@ -84,7 +87,7 @@ def _own_tensors(base: ModelFolder) -> list[str]:
     return [name for name in base.names() if not (base.tied_head and name == head)]
 
 
-def _producer(base: ModelFolder, name: str, mask: Mask | None):  # type: ignore[no-untyped-def]
+def _producer(base: ModelFolder, name: str, mask: Mask | None) -> Callable[[], Array]:
     def produce() -> Array:
         values = base.read(name)
         return values if mask is None else np.where(mask, values, np.zeros((), values.dtype))

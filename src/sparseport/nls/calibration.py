@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -40,8 +40,11 @@ def calibration_batches(
     import torch
 
     if samples < 1 or sequence_length < 1:
-        raise UsageError("calibration needs at least one sample of one token", expected=">= 1",
-                         found=f"samples {samples}, sequence length {sequence_length}")
+        raise UsageError(
+            "calibration needs at least one sample of one token",
+            expected=">= 1",
+            found=f"samples {samples}, sequence length {sequence_length}",
+        )
     order = list(range(len(texts)))
     random.Random(seed).shuffle(order)
     wanted = samples * sequence_length
@@ -57,8 +60,11 @@ def calibration_batches(
             break
     if len(stream) < wanted:
         raise BadInput(
-            "the calibration texts are too short", expected=f"{wanted} tokens ({samples} x {sequence_length})",
-            found=len(stream), fix="give more text, fewer samples or a shorter sequence", code="E_CALIBRATION",
+            "the calibration texts are too short",
+            expected=f"{wanted} tokens ({samples} x {sequence_length})",
+            found=len(stream),
+            fix="give more text, fewer samples or a shorter sequence",
+            code="E_CALIBRATION",
         )
     windows = torch.tensor(stream[:wanted], dtype=torch.int64).reshape(samples, 1, sequence_length)
     return list(windows)
@@ -89,8 +95,12 @@ class Trace:
     calls: list[list[LayerCall]]
 
 
+class _Stop(Exception):
+    """Ends a forward pass whose rest nobody needs."""
+
+
 def trace_layers(model: nn.Module, batches: Sequence[Tensor]) -> Trace:
-    """Run the model once per batch and note what its decoder layers are called with.
+    """Run the model once per batch, up to the last decoder layer, and note what its layers are called with.
 
     Raises:
         BadInput: there are no batches.
@@ -109,6 +119,8 @@ def trace_layers(model: nn.Module, batches: Sequence[Tensor]) -> Trace:
             if index == 0:
                 trace.hidden.append(hidden.detach())
             trace.calls[index].append(LayerCall(args[1:], rest))
+            if index + 1 == len(layers):
+                raise _Stop
 
         return hook
 
@@ -117,7 +129,8 @@ def trace_layers(model: nn.Module, batches: Sequence[Tensor]) -> Trace:
     try:
         with torch.no_grad():
             for batch in batches:
-                model(batch.to(device), use_cache=False)
+                with suppress(_Stop):
+                    model(batch.to(device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -125,7 +138,10 @@ def trace_layers(model: nn.Module, batches: Sequence[Tensor]) -> Trace:
 
 
 def observe_inputs(
-    layer: nn.Module, linears: Mapping[str, nn.Linear], observers: Mapping[str, Any], hidden: Sequence[Tensor],
+    layer: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    observers: Mapping[str, Any],
+    hidden: Sequence[Tensor],
     calls: Sequence[LayerCall],
 ) -> None:
     """Run a layer over all batches and give the input of each linear to its observer's `add`."""

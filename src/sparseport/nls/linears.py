@@ -31,8 +31,10 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
             found.append((name, module))
     if len(found) != 1:
         raise Unsupported(
-            "cannot tell the decoder layers of this model", where=type(model).__name__,
-            expected=f"one module list of {count} layers", found=[name for name, _ in found] or "none",
+            "cannot tell the decoder layers of this model",
+            where=type(model).__name__,
+            expected=f"one module list of {count} layers",
+            found=[name for name, _ in found] or "none",
             fix="use a decoder-only model such as Llama, Mistral, Qwen2, OPT or GPT-NeoX",
         )
     return found[0]
@@ -48,8 +50,12 @@ def layer_linears(layer: nn.Module, prefix: str) -> dict[str, nn.Linear]:
 
     found = {f"{prefix}.{name}": module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
     if not found:
-        raise Unsupported("a decoder layer without linear layers", where=prefix, expected="torch.nn.Linear modules",
-                          found=sorted({type(m).__name__ for m in layer.modules()}))
+        raise Unsupported(
+            "a decoder layer without linear layers",
+            where=prefix,
+            expected="torch.nn.Linear modules",
+            found=sorted({type(m).__name__ for m in layer.modules()}),
+        )
     return found
 
 

@@ -46,14 +46,23 @@ class HessianSum:
             BadInput: no token was added.
         """
         if self._sum is None or self.tokens == 0:
-            raise BadInput("no calibration token reached this layer", where=where, fix="give more calibration text",
-                           code="E_CALIBRATION")
+            raise BadInput(
+                "no calibration token reached this layer",
+                where=where,
+                fix="give more calibration text",
+                code="E_CALIBRATION",
+            )
         result: F32 = (self._sum * (2.0 / self.tokens)).cpu().numpy()
         return result
 
 
 def quantize_rtn(
-    values: Array, mask: Mask | None, *, group_size: int, symmetric: bool = False, scale_dtype: type = np.float16,
+    values: Array,
+    mask: Mask | None,
+    *,
+    group_size: int,
+    symmetric: bool = False,
+    scale_dtype: type = np.float16,
     where: str = "weight",
 ) -> QuantizedWeight:
     """Round to the nearest point of each group's min/max grid.
@@ -78,8 +87,16 @@ def quantize_rtn(
 
 
 def quantize_gptq(
-    values: Array, mask: Mask | None, hessian: F32, *, group_size: int, symmetric: bool = False, damp: float = 0.01,
-    block: int = 128, scale_dtype: type = np.float16, where: str = "weight",
+    values: Array,
+    mask: Mask | None,
+    hessian: F32,
+    *,
+    group_size: int,
+    symmetric: bool = False,
+    damp: float = 0.01,
+    block: int = 128,
+    scale_dtype: type = np.float16,
+    where: str = "weight",
 ) -> QuantizedWeight:
     """GPTQ with the mask held; columns in natural order (no act-order).
 
@@ -102,36 +119,47 @@ def quantize_gptq(
         BadInput: shapes or group size do not fit, a value is not finite, or the Hessian is not positive definite.
     """
     weight, kept, group = _prepare(values, mask, group_size, where)
-    factor = _inverse_factor(hessian, weight.shape[1], damp, where)
-    held = kept.astype(np.float32)
     columns = weight.shape[1]
-    codes = np.empty(weight.shape, np.uint8)
+    factor = _inverse_factor(hessian, columns, damp, where)
+    # Transposed, so that a column of the weight lies together in memory.
+    work, held = np.ascontiguousarray(weight.T), np.ascontiguousarray(kept.T)
+    codes = np.empty(work.shape, np.uint8)
     grids = []
     for start in range(0, columns, group):
-        scales, zero_points = choose_qparams_minmax(weight[:, start : start + group], group, symmetric, scale_dtype)
+        stop = start + group
+        # Feedback that reached a pruned entry is dropped here and again where the column is read, before any use.
+        work[start:stop] *= held[start:stop]
+        scales, zero_points = choose_qparams_minmax(work[start:stop].T, group, symmetric, scale_dtype)
         grids.append((scales, zero_points))
         # Blocks never cross a group, so that a group is chosen from weights that have all their feedback.
-        for first in range(start, start + group, block):
-            last = min(first + block, start + group)
-            errors = np.zeros((weight.shape[0], last - first), np.float32)
+        for first in range(start, stop, block):
+            last = min(first + block, stop)
+            errors = np.empty((last - first, work.shape[1]), np.float32)
             for j in range(first, last):
-                column = weight[:, j : j + 1]
+                column = (work[j] * held[j])[:, None]
                 code = quantize_to_grid(column, scales, zero_points, 1, RoundingRule.PAPER)
                 real = dequantize(QuantizedWeight(code, scales, zero_points, 1))
-                error = (column - real) / factor[j, j]
-                weight[:, j + 1 : last] -= (error * factor[j, j + 1 : last]) * held[:, j + 1 : last]
-                codes[:, j : j + 1] = code
-                errors[:, j - first : j - first + 1] = error
+                error = ((column - real) / factor[j, j])[:, 0]
+                work[j + 1 : last] -= np.outer(factor[j, j + 1 : last], error)
+                codes[j], errors[j - first] = code[:, 0], error
             if last < columns:
-                weight[:, last:] -= (errors @ factor[first:last, last:]) * held[:, last:]
+                work[last:] -= factor[first:last, last:].T @ errors
     all_scales = np.concatenate([scales for scales, _ in grids], axis=1)
     all_zero_points = np.concatenate([zero_points for _, zero_points in grids], axis=1)
-    return _finish(QuantizedWeight(codes, all_scales, all_zero_points, group, mask=mask), kept, where)
+    result = QuantizedWeight(np.ascontiguousarray(codes.T), all_scales, all_zero_points, group, mask=mask)
+    return _finish(result, kept, where)
 
 
 def quantize_model(
-    model: nn.Module, masks: Mapping[str, Mask] | None, method: str = "rtn", batches: Sequence[Tensor] | None = None,
-    *, group_size: int = 64, symmetric: bool = False, damp: float = 0.01, scale_dtype: type = np.float16,
+    model: nn.Module,
+    masks: Mapping[str, Mask] | None,
+    method: str = "rtn",
+    batches: Sequence[Tensor] | None = None,
+    *,
+    group_size: int = 64,
+    symmetric: bool = False,
+    damp: float = 0.01,
+    scale_dtype: type = np.float16,
     on_progress: Progress | None = None,
 ) -> Iterator[tuple[str, QuantizedWeight]]:
     """Quantise every linear layer inside the decoder layers, one decoder layer at a time.
@@ -167,8 +195,12 @@ def quantize_model(
 
 
 def _quantize_layers(
-    model: nn.Module, masks: Mapping[str, Mask] | None, batches: Sequence[Tensor] | None, damp: float,
-    options: Mapping[str, Any], on_progress: Progress | None,
+    model: nn.Module,
+    masks: Mapping[str, Mask] | None,
+    batches: Sequence[Tensor] | None,
+    damp: float,
+    options: Mapping[str, Any],
+    on_progress: Progress | None,
 ) -> Iterator[tuple[str, QuantizedWeight]]:
     """GPTQ when there are batches, round-to-nearest otherwise."""
     prefix, layers = decoder_layers(model)
@@ -200,8 +232,11 @@ def _quantize_layers(
 
 
 def _propagate_quantized(
-    layer: nn.Module, linears: Mapping[str, nn.Linear], results: Mapping[str, QuantizedWeight],
-    hidden: Sequence[Tensor], calls: Sequence[Any],
+    layer: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    results: Mapping[str, QuantizedWeight],
+    hidden: Sequence[Tensor],
+    calls: Sequence[Any],
 ) -> list[Tensor]:
     """Run the layer with dequantised weights in place of its own, which come back afterwards."""
     import torch
@@ -220,13 +255,22 @@ def _mask_for(name: str, values: F32, masks: Mapping[str, Mask] | None) -> Mask 
     if masks is None:
         return None
     if name not in masks:
-        raise BadInput("no mask for this layer", where=name, expected="one mask per linear layer",
-                       fix="take the masks from the run that pruned this model", code="E_MASK")
+        raise BadInput(
+            "no mask for this layer",
+            where=name,
+            expected="one mask per linear layer",
+            fix="take the masks from the run that pruned this model",
+            code="E_MASK",
+        )
     mask = masks[name]
     alive = int(np.count_nonzero(values[~mask])) if mask.shape == values.shape else 0
     if alive:
-        raise BadInput(f"{alive} weights are not zero where the mask says pruned", where=name,
-                       fix="take the masks from the run that pruned this model", code="E_MASK")
+        raise BadInput(
+            f"{alive} weights are not zero where the mask says pruned",
+            where=name,
+            fix="take the masks from the run that pruned this model",
+            code="E_MASK",
+        )
     return mask
 
 
@@ -235,15 +279,21 @@ def _prepare(values: Array, mask: Mask | None, group_size: int, where: str) -> t
     columns = values.shape[1]
     group = columns if group_size == -1 else group_size
     if group < 1 or columns % group:
-        raise BadInput("group size does not divide the input features", where=where,
-                       expected=f"-1 or a divisor of {columns}", found=group_size, code="E_GROUP")
+        raise BadInput(
+            "group size does not divide the input features",
+            where=where,
+            expected=f"-1 or a divisor of {columns}",
+            found=group_size,
+            code="E_GROUP",
+        )
     kept = np.ones(values.shape, bool) if mask is None else mask
     if kept.shape != values.shape:
         raise BadInput("mask has the wrong shape", where=where, expected=values.shape, found=kept.shape, code="E_MASK")
     weight = np.where(kept, values, 0).astype(np.float32)
     if not np.isfinite(weight).all():
-        raise BadInput("weights to quantise hold NaN or Inf", where=where, found=int((~np.isfinite(weight)).sum()),
-                       code="E_NAN")
+        raise BadInput(
+            "weights to quantise hold NaN or Inf", where=where, found=int((~np.isfinite(weight)).sum()), code="E_NAN"
+        )
     return weight, kept, group
 
 
@@ -262,12 +312,17 @@ def _inverse_factor(hessian: F32, columns: int, damp: float, where: str) -> F32:
     triangular J L J: one factorisation, and the inverse of H is never formed.
     """
     if hessian.shape != (columns, columns):
-        raise BadInput("the Hessian does not fit the weight", where=where, expected=(columns, columns),
-                       found=hessian.shape)
+        raise BadInput(
+            "the Hessian does not fit the weight", where=where, expected=(columns, columns), found=hessian.shape
+        )
     damped = hessian.astype(np.float32)
     if not np.isfinite(damped).all():
-        raise BadInput("calibration inputs hold NaN or Inf", where=where,
-                       fix="run the calibration in float32 or bfloat16", code="E_NAN")
+        raise BadInput(
+            "calibration inputs hold NaN or Inf",
+            where=where,
+            fix="run the calibration in float32 or bfloat16",
+            code="E_NAN",
+        )
     diagonal = np.diag(damped).copy()
     dead = diagonal <= 0
     typical = float(diagonal[~dead].mean()) if (~dead).any() else 1.0
@@ -277,8 +332,11 @@ def _inverse_factor(hessian: F32, columns: int, damp: float, where: str) -> F32:
         lower = np.linalg.cholesky(damped[::-1, ::-1])
     except np.linalg.LinAlgError as error:
         raise BadInput(
-            "the Hessian of this layer is not positive definite", where=where, found=f"damp {damp}",
-            fix="raise damp, give more calibration text, or use method rtn", code="E_CALIBRATION",
+            "the Hessian of this layer is not positive definite",
+            where=where,
+            found=f"damp {damp}",
+            fix="raise damp, give more calibration text, or use method rtn",
+            code="E_CALIBRATION",
         ) from error
     upper = lower[::-1, ::-1]
     factor: F32 = np.triu(np.linalg.inv(upper)).astype(np.float32)

@@ -72,12 +72,17 @@ def wanda_mask(
     check_request(sparsity, pattern)
     out, cols = weight.shape
     if tuple(input_sq_norms.shape) != (cols,):
-        raise BadInput("input norms do not fit the weight", where=where, expected=(cols,),
-                       found=tuple(input_sq_norms.shape))
+        raise BadInput(
+            "input norms do not fit the weight", where=where, expected=(cols,), found=tuple(input_sq_norms.shape)
+        )
     metric = weight.detach().float().abs() * input_sq_norms.sqrt().to(weight.device)
     if not bool(torch.isfinite(metric).all()):
-        raise BadInput("weights or calibration inputs hold NaN or Inf", where=where,
-                       fix="run the calibration in float32 or bfloat16", code="E_NAN")
+        raise BadInput(
+            "weights or calibration inputs hold NaN or Inf",
+            where=where,
+            fix="run the calibration in float32 or bfloat16",
+            code="E_NAN",
+        )
     if pattern == UNSTRUCTURED:
         block, pruned = cols, int(cols * sparsity)
     else:
@@ -90,7 +95,11 @@ def wanda_mask(
 
 
 def prune_model(
-    model: nn.Module, batches: Sequence[Tensor], *, sparsity: float = 0.5, pattern: str = UNSTRUCTURED,
+    model: nn.Module,
+    batches: Sequence[Tensor],
+    *,
+    sparsity: float = 0.5,
+    pattern: str = UNSTRUCTURED,
     on_progress: Progress | None = None,
 ) -> dict[str, Mask]:
     """Prune every linear layer inside the decoder layers, in place; embeddings and head stay dense.
@@ -126,8 +135,9 @@ def prune_model(
             norms = {name: InputNorms() for name in linears[index]}
             observe_inputs(layer, linears[index], norms, hidden, trace.calls[index])
             for name, linear in linears[index].items():
-                mask = wanda_mask(linear.weight, _reached(norms[name], name), sparsity=sparsity, pattern=pattern,
-                                  where=name)
+                mask = wanda_mask(
+                    linear.weight, _reached(norms[name], name), sparsity=sparsity, pattern=pattern, where=name
+                )
                 # Assigned, not multiplied: a product would leave -0 behind.
                 linear.weight.data[~mask] = 0
                 masks[name] = mask.cpu().numpy()
@@ -156,12 +166,21 @@ def check_request(sparsity: float, pattern: str) -> None:
 def _check_blocks(columns: int, pattern: str, where: str) -> None:
     if pattern in N_M and columns % N_M[pattern][1]:
         block = N_M[pattern][1]
-        raise Unsupported(f"{pattern} needs input features in blocks of {block}", where=where,
-                          expected=f"a multiple of {block}", found=columns, fix="use unstructured sparsity")
+        raise Unsupported(
+            f"{pattern} needs input features in blocks of {block}",
+            where=where,
+            expected=f"a multiple of {block}",
+            found=columns,
+            fix="use unstructured sparsity",
+        )
 
 
 def _reached(norms: InputNorms, name: str) -> Tensor:
     if norms.squared is None:
-        raise BadInput("no calibration token reached this layer", where=name, fix="give more calibration text",
-                       code="E_CALIBRATION")
+        raise BadInput(
+            "no calibration token reached this layer",
+            where=name,
+            fix="give more calibration text",
+            code="E_CALIBRATION",
+        )
     return norms.squared

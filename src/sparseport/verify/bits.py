@@ -1,4 +1,4 @@
-"""Digests of what stands in a written graph, in the terms of the source: the group size and shape that were certified."""
+"""Digests of what stands in a written graph, in the terms of the source: its group size and shape."""
 
 from __future__ import annotations
 

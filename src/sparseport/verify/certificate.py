@@ -60,25 +60,41 @@ class Certificate:
         """
         path = folder / FILE_NAME
         if not path.is_file():
-            raise VerificationError("the folder has no certificate", where=path,
-                                    fix="export it again with sparseport; other tools' folders cannot be verified")
+            raise VerificationError(
+                "the folder has no certificate",
+                where=path,
+                fix="export it again with sparseport; other tools' folders cannot be verified",
+            )
         try:
             data = read_json(path, what="certificate")
-        except SparseportError as error:
-            raise VerificationError("the certificate is damaged", where=path, found=error.what) from error
-        schema = data.get("schema")
-        if isinstance(schema, int) and schema > SCHEMA:
-            raise Unsupported("the certificate has a newer schema", where=path, expected=f"<= {SCHEMA}", found=schema,
-                              fix="upgrade sparseport")
-        seal = data.pop(_SEAL, None)
+            found = path.read_bytes()
+        except (OSError, SparseportError) as error:
+            reason = error.what if isinstance(error, SparseportError) else error.strerror
+            raise VerificationError("the certificate is damaged", where=path, found=reason) from error
+        data.pop(_SEAL, None)
+        certificate = Certificate(data)
         try:
-            expected = hashlib.sha256(canonical(data)).hexdigest()
+            sealed = certificate.sealed()
         except (TypeError, ValueError) as error:
-            raise VerificationError("the certificate holds what no certificate holds", where=path,
-                                    found=str(error)) from error
-        if seal != expected or schema != SCHEMA:
+            raise VerificationError(
+                "the certificate holds what no certificate holds", where=path, found=str(error)
+            ) from error
+        # Whole bytes are compared, not only the seal: white space around the values is covered too.
+        if found != sealed:
             raise VerificationError("the certificate was changed after it was written", where=path)
-        return Certificate(data)
+        # The seal comes first, in every schema, so that a damaged schema number does not pass for a newer one.
+        schema = data.get("schema")
+        if type(schema) is int and schema > SCHEMA:
+            raise Unsupported(
+                "the certificate has a newer schema",
+                where=path,
+                expected=f"<= {SCHEMA}",
+                found=schema,
+                fix="upgrade sparseport",
+            )
+        if type(schema) is not int or schema != SCHEMA:
+            raise VerificationError("the certificate has an unknown schema", where=path, expected=SCHEMA, found=schema)
+        return certificate
 
 
 def canonical(data: dict[str, Any]) -> bytes:

@@ -31,7 +31,10 @@ class Verdict:
     def as_dict(self) -> dict[str, Any]:
         """Plain data for `--json`."""
         return {
-            "ok": self.ok, "files": self.files, "linears": self.linears, "tensors": self.tensors,
+            "ok": self.ok,
+            "files": self.files,
+            "linears": self.linears,
+            "tensors": self.tensors,
             "differences": self.differences,
         }
 
@@ -69,8 +72,9 @@ def verify(folder: Path | str, strict: bool = True, on_step: Callable[[], None] 
         differences.extend(f"{name}: not in the certificate" for name in sorted(extra - set(known) - {FILE_NAME}))
     if not any(name.startswith("openvino_model.") and "missing" in name for name in differences):
         differences.extend(_weight_differences(folder / "openvino_model.xml", certificate, on_step))
-    return Verdict(folder, len(known), len(certificate.linears), len(certificate.body["tensors"]), differences,
-                   certificate)
+    return Verdict(
+        folder, len(known), len(certificate.linears), len(certificate.body["tensors"]), differences, certificate
+    )
 
 
 def _weight_differences(xml: Path, certificate: Certificate, on_step: Callable[[], None]) -> list[str]:
@@ -83,14 +87,14 @@ def _weight_differences(xml: Path, certificate: Certificate, on_step: Callable[[
         return [f"openvino_model.xml: {error.what}{f' ({error.where})' if error.where else ''}"]
     except (RuntimeError, ValueError) as error:
         return [f"openvino_model.xml: cannot be read back ({str(error).splitlines()[0]})"]
-    for kind, got, want in (
-        ("weight", linears, {name: facts["readback"]["openvino"] for name, facts in certificate.linears.items()}),
-        ("tensor", tensors, {name: facts["readback"]["openvino"] for name, facts in certificate.body["tensors"].items()}),
+    for kind, got, certified in (
+        ("weight", linears, certificate.linears),
+        ("tensor", tensors, certificate.body["tensors"]),
     ):
-        for name in sorted(want):
+        for name in sorted(certified):
             if name not in got:
                 found.append(f"openvino_model: {kind} {name} is not in the graph")
-            elif got[name] != want[name]:
+            elif got[name] != certified[name]["readback"]["openvino"]:
                 found.append(f"openvino_model.bin: {kind} {name} changed")
     return found
 
@@ -104,5 +108,8 @@ def require(verdict: Verdict) -> None:
     if not verdict.ok:
         shown = "; ".join(verdict.differences[:5])
         more = f" (and {len(verdict.differences) - 5} more)" if len(verdict.differences) > 5 else ""
-        raise VerificationError(f"{len(verdict.differences)} differences from the certificate: {shown}{more}",
-                                where=verdict.folder, fix="export again, or copy the folder again from its source")
+        raise VerificationError(
+            f"{len(verdict.differences)} differences from the certificate: {shown}{more}",
+            where=verdict.folder,
+            fix="export again, or copy the folder again from its source",
+        )

@@ -26,7 +26,8 @@ SAMPLE_TEXT = (
     "The lighthouse keeper counted 27 ships before noon. Each carried salt, timber or wool, and each paid its toll in "
     "copper. When the fog came in from the north he lit the lamp, wrote the hour in his book, and waited. "
     "def toll(ships, rate):\n    return sum(s.weight * rate for s in ships)\n\n"
-    "Question: why does ice float on water? Answer: because water expands when it freezes, so ice is less dense."
+    "Question: why does ice float on water? Answer: because water expands when it freezes, so ice is less dense. "
+    "The next morning the harbour was quiet again, and the keeper wrote only two words in his book: all well."
 )
 
 # Tokens read in one go, and tokens fed one by one through the KV cache afterwards.
@@ -56,7 +57,10 @@ def compare_logits(folder: str) -> dict[str, Any]:
     for label, settings in (("full_precision", FULL_PRECISION), ("default", {})):
         compared[label] = {**drift(reference, _run(model, tokens, settings)), "settings": dict(settings)}
     return {
-        **compared, "tokens": len(tokens), "prefill_tokens": PREFILL_TOKENS, "tolerance": str(TOLERANCE),
+        **compared,
+        "tokens": len(tokens),
+        "prefill_tokens": PREFILL_TOKENS,
+        "tolerance": str(TOLERANCE),
         "text": "sample" if from_text else "pseudo-random",
     }
 

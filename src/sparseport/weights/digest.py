@@ -47,4 +47,4 @@ def _canonical_bytes(array: Array) -> memoryview:
     if little.dtype.byteorder == ">":
         little = little.astype(little.dtype.newbyteorder("<"))
     # Viewing as bytes also covers bfloat16, which has no buffer format of its own.
-    return memoryview(little.reshape(-1).view(np.uint8))
+    return little.reshape(-1).view(np.uint8).data

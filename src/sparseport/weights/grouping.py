@@ -69,8 +69,11 @@ def openvino_group_size(group_size: int, in_features: int, where: str) -> int:
         return power
     raise Unsupported(
         "OpenVINO computes this group size wrongly and it cannot be split losslessly",
-        where=where, expected="a group size with a divisor of 8, 16, 32 or 64", found=group_size,
-        fix="quantise with group size 32, 64 or 128", code="E_GROUP",
+        where=where,
+        expected="a group size with a divisor of 8, 16, 32 or 64",
+        found=group_size,
+        fix="quantise with group size 32, 64 or 128",
+        code="E_GROUP",
     )
 
 

@@ -94,8 +94,11 @@ class QuantizedWeight:
         out, cols = self.shape
         if self.group_size < 1 or cols % self.group_size:
             raise BadInput(
-                "group size does not divide the input features", where=where, expected=f"a divisor of {cols}",
-                found=self.group_size, code="E_GROUP",
+                "group size does not divide the input features",
+                where=where,
+                expected=f"a divisor of {cols}",
+                found=self.group_size,
+                code="E_GROUP",
             )
         want = (out, cols // self.group_size)
         for label, array in (("scales", self.scales), ("zero_points", self.zero_points)):
@@ -151,7 +154,9 @@ def check_scales(scales: Array, where: str) -> None:
         row, group = (int(i) for i in np.argwhere(bad)[0])
         raise BadInput(
             f"{int(bad.sum())} quantisation scales are not finite and positive",
-            where=f"{where}, row {row}, group {group}", expected="a finite scale above 0", found=values[row, group],
+            where=f"{where}, row {row}, group {group}",
+            expected="a finite scale above 0",
+            found=values[row, group],
             fix="quantise this layer again; a zero or NaN scale usually comes from an all-zero or NaN group",
             code="E_SCALE",
         )

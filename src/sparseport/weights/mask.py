@@ -1,4 +1,4 @@
-"""Sparsity masks: True where a weight is kept. A mask is given by a sparse base, never inferred from trained weights."""
+"""Sparsity masks: True where a weight is kept. A sparse base gives the mask; trained weights never do."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def revived(weight: DenseWeight | QuantizedWeight, mask: Mask) -> int:
 
 
 def keeps_n_m(mask: Mask, n: int, m: int) -> bool:
-    """Whether every aligned block of `m` input columns keeps at most `m - n` weights (N:M sparsity: n of m are zero)."""
+    """Whether every aligned block of `m` input columns keeps at most `m - n` weights (N:M: n of m are zero)."""
     out, cols = mask.shape
     if cols % m:
         return False

@@ -1,8 +1,8 @@
 """Nibble dialects: how each writer lays 4-bit numbers into bytes and words. Nothing else touches nibbles.
 
-    OpenVINO u4 / i4   element 2k in the low nibble of byte k, element 2k+1 in the high nibble, C order
-    GPTQ qweight       int32 [in/8, out], input column 8i+k at bits 4k of word i (low nibble first along `in`)
-    GPTQ qzeros        int32 [groups, out/8], output row 8j+k at bits 4k of word j; v1 stores z - 1, v2 stores z
+OpenVINO u4 / i4   element 2k in the low nibble of byte k, element 2k+1 in the high nibble, C order
+GPTQ qweight       int32 [in/8, out], input column 8i+k at bits 4k of word i (low nibble first along `in`)
+GPTQ qzeros        int32 [groups, out/8], output row 8j+k at bits 4k of word j; v1 stores z - 1, v2 stores z
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def unpack_words_low_first(words: I32) -> U8:
     """Inverse of `pack_words_low_first`: int32 [n, m] -> uint8 [8*n, m]."""
     n, cols = words.shape
     wide = (np.ascontiguousarray(words).view(np.uint32)[:, None, :] >> _NIBBLE_SHIFTS[None, :, None]) & np.uint32(15)
-    return wide.astype(np.uint8).reshape(n * 8, cols)
+    values: U8 = wide.astype(np.uint8)
+    return values.reshape(n * 8, cols)
 
 
 def pack_gptq_codes(codes: U8) -> I32:
@@ -100,4 +101,6 @@ def pack_gptq_zero_points(zero_points: U8, storage: ZeroPointStorage) -> I32:
 def unpack_gptq_zero_points(qzeros: I32, storage: ZeroPointStorage) -> U8:
     """GPTQ `qzeros` int32 [groups, out/8] -> zero-points uint8 [out, groups]; a stored 15 is z = 0 in v1."""
     stored = unpack_words_low_first(np.ascontiguousarray(qzeros.T))
-    return stored if storage is ZeroPointStorage.V2 else (stored + np.uint8(1)) & np.uint8(15)
+    if storage is ZeroPointStorage.V1:
+        stored = (stored + np.uint8(1)) & np.uint8(15)
+    return stored

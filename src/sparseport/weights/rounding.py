@@ -53,7 +53,8 @@ def quantize_to_grid(
     scale = scales.astype(np.float32)[:, :, None]
     if rule is RoundingRule.SQFT:
         with np.errstate(over="ignore"):
-            offset = (zero_points.astype(scales.dtype) * scales).astype(np.float32)[:, :, None]
+            product: Array = np.multiply(zero_points.astype(scales.dtype), scales)
+        offset = product.astype(np.float32)[:, :, None]
         if not np.isfinite(offset).all():
             raise BadInput("zero_point * scale overflows the scale's dtype", where=str(scales.dtype), code="E_SCALE")
         codes = grouped + offset
@@ -113,7 +114,7 @@ def choose_qparams_minmax(
         high = np.maximum(-low, high)
         low = -high
     empty = high == low
-    scales = np.where(empty, 1.0, (high - low) / top).astype(scale_dtype)
+    scales: Array = np.where(empty, 1.0, (high - low) / top).astype(scale_dtype)
     # A range too small for the dtype would give scale 0: keep the smallest normal number instead.
     scales = np.maximum(scales, np.finfo(scale_dtype).tiny).astype(scale_dtype)
     if symmetric:

@@ -43,10 +43,16 @@ def swap_constants(
         node = nodes.get(placeholders.get(name, ""))
         if node is None:
             raise FidelityError("the graph has no place for this tensor", where=name)
-        shape = (weight.out_features, weight.in_features) if isinstance(weight, StoredQuantized) else weight.values.shape
+        shape = (
+            (weight.out_features, weight.in_features) if isinstance(weight, StoredQuantized) else weight.values.shape
+        )
         if _squeezed(node.get_output_shape(0)) != _squeezed(shape):
-            raise FidelityError("tensor does not fit its place in the graph", where=name,
-                                expected=tuple(node.get_output_shape(0)), found=shape)
+            raise FidelityError(
+                "tensor does not fit its place in the graph",
+                where=name,
+                expected=tuple(node.get_output_shape(0)),
+                found=shape,
+            )
         if isinstance(weight, StoredQuantized):
             _swap_quantized(node, name.removesuffix(".weight"), weight, store, alive)
         else:
@@ -82,28 +88,36 @@ def _swap_quantized(node: Any, module: str, weight: StoredQuantized, store: Weig
     from openvino import Type
     from openvino import opset13 as ops
 
+    # Every operation gets a name: OpenVINO would number them through the process, and two exports would differ.
     compute = Type.f16 if weight.scales.element_type == "f16" else Type.f32
     value = _convert(_constant(weight.codes, f"{module}.codes", store, alive), compute)
     if weight.zero_points is not None:
         zero_points = _convert(_constant(weight.zero_points, f"{module}.zero_points", store, alive), compute)
-        value = ops.subtract(value, zero_points)
-    value = ops.multiply(value, _constant(weight.scales, f"{module}.scales", store, alive))
+        value = _named(ops.subtract(value, zero_points), f"{module}/subtract")
+    value = _named(
+        ops.multiply(value, _constant(weight.scales, f"{module}.scales", store, alive)), f"{module}/dequantized"
+    )
     if len(weight.codes.shape) == 3:
-        shape = np.array([weight.out_features, weight.in_features], np.int64)
-        value = ops.reshape(value, ops.constant(shape), False)
+        shape = ops.constant(np.array([weight.out_features, weight.in_features], np.int64), name=f"{module}/shape")
+        value = _named(ops.reshape(value, shape, False), f"{module}/reshape")
     if compute != Type.f32:
         value = _convert(value, Type.f32)
     matmuls = _consumers_past_converts(node)
     for matmul_input in matmuls:
         matmul = matmul_input.get_node()
         if matmul.get_type_name() != "MatMul" or matmul_input.get_index() != 1:
-            raise FidelityError("a quantised weight is used by something other than its linear layer", where=module,
-                                expected="MatMul", found=matmul.get_type_name())
+            raise FidelityError(
+                "a quantised weight is used by something other than its linear layer",
+                where=module,
+                expected="MatMul",
+                found=matmul.get_type_name(),
+            )
         matmul_input.replace_source_output(value.output(0))
         if weight.input_order is not None:
             # Act-order: columns are stored sorted by group, so the activation is gathered in the same order.
             order = _constant(weight.input_order, f"{module}.input_order", store, alive)
-            gathered = ops.gather(matmul.input_value(0), order, ops.constant(np.array(-1, np.int32)))
+            axis = ops.constant(np.array(-1, np.int32), name=f"{module}/gather_axis")
+            gathered = _named(ops.gather(matmul.input_value(0), order, axis), f"{module}/gather")
             matmul.input(0).replace_source_output(gathered.output(0))
 
 
@@ -134,7 +148,13 @@ def _constant(
 def _convert(node: Any, element_type: Any) -> Any:
     from openvino import opset13 as ops
 
-    return ops.convert(node, element_type.to_string())
+    kind = element_type.to_string()
+    return _named(ops.convert(node, kind), f"{node.get_friendly_name()}/to_{kind}")
+
+
+def _named(node: Any, name: str) -> Any:
+    node.set_friendly_name(name)
+    return node
 
 
 def _squeezed(shape: Any) -> tuple[int, ...]:

@@ -31,7 +31,9 @@ def write_generation_config(base: Path, config: dict[str, Any], folder: Path) ->
     else:
         keys = ("bos_token_id", "eos_token_id", "pad_token_id")
         data = {key: config[key] for key in keys if config.get(key) is not None}
-    _write_json({key: value for key, value in data.items() if not key.startswith("_")}, folder / "generation_config.json")
+    _write_json(
+        {key: value for key, value in data.items() if not key.startswith("_")}, folder / "generation_config.json"
+    )
 
 
 def copy_tokenizer_files(base: Path, folder: Path) -> list[str]:
@@ -46,8 +48,10 @@ def copy_tokenizer_files(base: Path, folder: Path) -> list[str]:
 
 def write_openvino_config(folder: Path, dtype: str) -> None:
     """Write `openvino_config.json`, which Optimum reads: weights are in place, nothing is to be quantised on load."""
-    _write_json({"dtype": dtype, "input_info": None, "quantization_config": None, "save_onnx_model": False},
-                folder / "openvino_config.json")
+    _write_json(
+        {"dtype": dtype, "input_info": None, "quantization_config": None, "save_onnx_model": False},
+        folder / "openvino_config.json",
+    )
 
 
 def _write_json(data: dict[str, Any], path: Path) -> None:

@@ -22,18 +22,18 @@ def build_frontend(config: str, small_tensors: str, output: str, tokenizer: str 
     Returns:
         The fields of `Skeleton`, and the versions of the packages that made the graph.
     """
-    import warnings
     from importlib.metadata import version
 
-    warnings.filterwarnings("ignore")
     from sparseport.checkpoints.safetensors import SafeTensorsFile
     from sparseport.targets.openvino.skeleton import build_skeleton
     from sparseport.targets.openvino.tokenizer import convert_tokenizer_folder
+    from sparseport.targets.openvino.trace import lean_imports, quiet
 
-    with SafeTensorsFile.open(Path(small_tensors)) as tensors:
-        skeleton = build_skeleton(Path(config), Path(output), small_tensors=tensors.read)
-    if tokenizer is not None:
-        convert_tokenizer_folder(Path(tokenizer), Path(output))
+    with quiet(), lean_imports():
+        with SafeTensorsFile.open(Path(small_tensors)) as tensors:
+            skeleton = build_skeleton(Path(config), Path(output), small_tensors=tensors.read)
+        if tokenizer is not None:
+            convert_tokenizer_folder(Path(tokenizer), Path(output))
     packages = ("torch", "transformers", "optimum", "optimum-intel", "openvino", "openvino-tokenizers")
     return {**asdict(skeleton), "versions": {name: version(name) for name in packages}}
 

@@ -47,14 +47,23 @@ def compress(
 
     model = ov.Core().read_model(source)
     if embedding == "int8":
-        model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM, **_ignoring(model, keep + (
-            [] if mode == "none" else _float_linears(model, matrices))))
+        model = nncf.compress_weights(
+            model,
+            mode=nncf.CompressWeightsMode.INT8_ASYM,
+            **_ignoring(model, keep + ([] if mode == "none" else _float_linears(model, matrices))),
+        )
     if mode != "none":
         four_bits = mode.startswith("int4")
         options: dict[str, Any] = {}
         if four_bits:
-            options = {"ratio": ratio, "group_size": group_size, "awq": awq or None, "gptq": gptq or None,
-                       "scale_estimation": scale_estimation or None, "all_layers": False}
+            options = {
+                "ratio": ratio,
+                "group_size": group_size,
+                "awq": awq or None,
+                "gptq": gptq or None,
+                "scale_estimation": scale_estimation or None,
+                "all_layers": False,
+            }
             if dataset is not None:
                 options["dataset"] = _dataset(model, Path(dataset), Path(tokenizer), samples)
         kept = [] if embedding == "int8" else matrices
@@ -67,9 +76,12 @@ def compress(
 
 def _float_linears(model: Any, matrices: list[str]) -> list[str]:
     return [
-        op.get_friendly_name() for op in model.get_ordered_ops()
-        if op.get_type_name() == "Constant" and op.get_friendly_name().endswith(".weight")
-        and op.get_friendly_name() not in matrices and op.get_element_type().to_string() in ("f16", "f32")
+        op.get_friendly_name()
+        for op in model.get_ordered_ops()
+        if op.get_type_name() == "Constant"
+        and op.get_friendly_name().endswith(".weight")
+        and op.get_friendly_name() not in matrices
+        and op.get_element_type().to_string() in ("f16", "f32")
         and len([n for n in op.get_output_shape(0) if n != 1]) == 2
     ]
 
@@ -79,7 +91,7 @@ def _ignoring(model: Any, constants: list[str]) -> dict[str, Any]:
     import nncf
 
     wanted = set(constants)
-    names = []
+    names: list[str] = []
     for op in model.get_ordered_ops():
         if op.get_type_name() == "Constant" and op.get_friendly_name() in wanted:
             names.extend(user.get_friendly_name() for user in _users(op))

@@ -44,8 +44,9 @@ def read_model(xml: Path) -> Any:
     try:
         return ov.Core().read_model(xml)
     except RuntimeError as error:
-        raise VerificationError("OpenVINO cannot read the model", where=xml.name,
-                                found=str(error).strip().splitlines()[-1]) from error
+        raise VerificationError(
+            "OpenVINO cannot read the model", where=xml.name, found=str(error).strip().splitlines()[-1]
+        ) from error
 
 
 def weights(model: Any) -> Iterator[ReadBack]:
@@ -142,6 +143,7 @@ def _users_past(node: Any, kinds: tuple[str, ...]) -> list[Any]:
 
 def _expect(node: Any, kind: str, module: str) -> Any:
     if node.get_type_name() != kind:
-        raise VerificationError("operation missing around a quantised weight", where=module, expected=kind,
-                                found=node.get_type_name())
+        raise VerificationError(
+            "operation missing around a quantised weight", where=module, expected=kind, found=node.get_type_name()
+        )
     return node

@@ -99,6 +99,7 @@ def _build(traced: PretrainedConfig, layers: int, out_dir: Path, small_tensors: 
         small = {n: _small_value(n, c.shape, small_tensors) for n, c in carriers.items() if c.is_small}
         for name, values in small.items():
             _place(graph, name, carriers[name], values)
+        graph.number_names()
         graph.write(xml)
     _check_written(xml, carriers, small, tied)
     constants = {name: carrier.node.name for name, carrier in sorted(carriers.items())}

@@ -36,9 +36,9 @@ def three_layer_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
     Raises LayersDiffer when the settings say, or might say, that layers differ.
     """
-    model_type, layers = settings["model_type"], settings["num_hidden_layers"]
-    if model_type not in STAMPED_MODEL_TYPES:
-        raise LayersDiffer("not a model type whose layers are known to be alike", found=model_type)
+    if settings["model_type"] not in STAMPED_MODEL_TYPES:
+        raise LayersDiffer("not a model type whose layers are known to be alike", found=settings["model_type"])
+    layers = settings["num_hidden_layers"]
     if layers <= TRACED_LAYERS:
         raise LayersDiffer("nothing to copy", found=f"{layers} layers")
     if settings.get("use_sliding_window"):

@@ -120,6 +120,16 @@ class Graph:
                 found[source].append((node, port))
         return found
 
+    def number_names(self) -> None:
+        """Number the nodes that OpenVINO numbered with a process-wide counter by their position instead.
+
+        Names with a module path, and those of parameters, come from the model and stay.
+        """
+        self.root.set("name", "Model")
+        for index, node in enumerate(self.nodes):
+            if node.kind != "Parameter" and not {".", "/"} & set(node.name):
+                node.element.set("name", f"{node.kind}_{index}")
+
     def write(self, xml_path: Path) -> None:
         """Write the graph as `xml_path` and the `.bin` file next to it; the same graph gives the same bytes.
 

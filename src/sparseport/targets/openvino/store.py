@@ -13,7 +13,7 @@ from types import TracebackType
 import numpy as np
 
 from sparseport.weights.grouping import all_zero_points_are
-from sparseport.weights.linear import U8, Array, DenseWeight, QuantizedWeight
+from sparseport.weights.linear import U8, Array, QuantizedWeight
 from sparseport.weights.packing import pack_nibbles_low_first
 
 # Memory maps want aligned starts; 64 bytes is a cache line and what OpenVINO itself uses.

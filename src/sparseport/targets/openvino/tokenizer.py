@@ -7,8 +7,14 @@ from pathlib import Path
 from sparseport.errors import BadInput, FidelityError
 
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "tokenizer.model", "chat_template.jinja",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
 )
 
 ROUND_TRIP_SAMPLES = (
@@ -31,16 +37,25 @@ def convert_tokenizer_folder(source: Path, output: Path) -> None:
     from transformers import AutoTokenizer
 
     if not any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise BadInput("the base model has no tokenizer", where=source.name, code="E_TOKENIZER",
-                       fix="put the tokenizer's files beside the model, or give --no-tokenizer")
+        raise BadInput(
+            "the base model has no tokenizer",
+            where=source.name,
+            code="E_TOKENIZER",
+            fix="put the tokenizer's files beside the model, or give --no-tokenizer",
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         tokenizer.padding_side = "left"
         tokenizer.truncation_side = "left"
         encoder, decoder = convert_tokenizer(tokenizer, with_detokenizer=True)
     except Exception as error:
-        raise BadInput("the tokenizer cannot be converted", where=source.name, found=f"{type(error).__name__}: {error}",
-                       code="E_TOKENIZER", fix="mend the tokenizer, or give --no-tokenizer") from error
+        raise BadInput(
+            "the tokenizer cannot be converted",
+            where=source.name,
+            found=f"{type(error).__name__}: {error}",
+            code="E_TOKENIZER",
+            fix="mend the tokenizer, or give --no-tokenizer",
+        ) from error
     _check_round_trip(tokenizer, encoder, decoder, source.name)
     ov.save_model(encoder, output / "openvino_tokenizer.xml", compress_to_fp16=False)
     ov.save_model(decoder, output / "openvino_detokenizer.xml", compress_to_fp16=False)
@@ -57,10 +72,20 @@ def _check_round_trip(tokenizer: object, encoder: object, decoder: object, where
         expected = tokenizer(text)["input_ids"]  # type: ignore[operator]
         ids = encode([text])["input_ids"][0].tolist()
         if ids != expected:
-            raise FidelityError("the OpenVINO tokenizer gives other ids than the original", where=where,
-                                expected=expected[:8], found=ids[:8], code="E_TOKENIZER")
+            raise FidelityError(
+                "the OpenVINO tokenizer gives other ids than the original",
+                where=where,
+                expected=expected[:8],
+                found=ids[:8],
+                code="E_TOKENIZER",
+            )
         back = str(decode(np.array([ids], np.int64))["string_output"][0])
         original = tokenizer.decode(expected, skip_special_tokens=True)  # type: ignore[attr-defined]
         if back != original:
-            raise FidelityError("the OpenVINO detokenizer gives other text than the original", where=where,
-                                expected=repr(original), found=repr(back), code="E_TOKENIZER")
+            raise FidelityError(
+                "the OpenVINO detokenizer gives other text than the original",
+                where=where,
+                expected=repr(original),
+                found=repr(back),
+                code="E_TOKENIZER",
+            )

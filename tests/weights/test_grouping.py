@@ -1,0 +1,115 @@
+"""Splitting groups is lossless, joining them is checked, and OpenVINO never gets a group size it computes wrongly."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparseport.errors import FidelityError, Unsupported
+from sparseport.weights.grouping import all_zero_points_are, collapse, openvino_group_size, regroup
+from sparseport.weights.linear import QuantizedWeight
+from sparseport.weights.rounding import dequantize
+
+
+def random_weight(seed, out, groups, size):
+    random = np.random.default_rng(seed)
+    return QuantizedWeight(
+        random.integers(0, 16, (out, groups * size), np.uint8),
+        random.uniform(0.01, 1, (out, groups)).astype(np.float16),
+        random.integers(0, 16, (out, groups), np.uint8),
+        size,
+    )
+
+
+def same(left, right):
+    return left.group_size == right.group_size and all(
+        np.array_equal(getattr(left, name), getattr(right, name)) for name in ("codes", "scales", "zero_points")
+    )
+
+
+@given(st.integers(0, 1000), st.integers(1, 4), st.integers(1, 4), st.integers(1, 6), st.integers(1, 6))
+def test_split_groups_are_the_same_weight_and_join_again(seed, out, groups, times, small):
+    weight = random_weight(seed, out, groups, times * small)
+    split = regroup(weight, small)
+    assert split.group_size == small and split.groups == groups * times
+    assert np.array_equal(dequantize(split), dequantize(weight))
+    assert np.array_equal(split.codes, weight.codes)
+    assert same(collapse(split.check("w"), weight.group_size, "w"), weight)
+
+
+@pytest.mark.parametrize("part", ["scales", "zero_points"])
+@pytest.mark.parametrize("row", [0, 2])
+@pytest.mark.parametrize("group", range(6))
+def test_groups_that_differ_do_not_join(part, row, group):
+    split = regroup(random_weight(0, 3, 2, 96), 32)
+    array = getattr(split, part).copy()
+    array[row, group] = (array[row, group] + 1) % 16 if part == "zero_points" else np.nextafter(array[row, group], 9)
+    with pytest.raises(FidelityError, match="no longer agree"):
+        collapse(replace(split, **{part: array}), 96, "layer")
+
+
+def test_groups_are_not_split_where_that_is_lossy():
+    with pytest.raises(Unsupported, match="losslessly"):
+        regroup(random_weight(0, 1, 2, 48), 32)
+
+
+def test_openvino_gets_safe_group_sizes_only():
+    for size in range(1, 1100):
+        assert openvino_group_size(size, size, "layer") == size  # one group per row is always safe
+        powers = [power for power in (8, 16, 32, 64) if size % power == 0]
+        if not powers:
+            with pytest.raises(Unsupported, match="computes this group size wrongly") as caught:
+                openvino_group_size(size, 3 * size, "layer")
+            assert caught.value.code == "E_GROUP" and caught.value.exit_code == 7
+            continue
+        chosen = openvino_group_size(size, 3 * size, "layer")
+        assert size % chosen == 0
+        assert chosen in (8, 16, 32) or chosen % 64 == 0
+        assert chosen == (size if size % 64 == 0 else max(powers))
+
+
+@pytest.mark.parametrize(
+    ("size", "chosen"),
+    [
+        (8, 8),
+        (16, 16),
+        (24, 8),
+        (32, 32),
+        (40, 8),
+        (48, 16),
+        (64, 64),
+        (80, 16),
+        (96, 32),
+        (112, 16),
+        (120, 8),
+        (128, 128),
+        (160, 32),
+        (192, 192),
+        (240, 16),
+        (256, 256),
+        (320, 320),
+        (480, 32),
+        (1024, 1024),
+    ],
+)
+def test_openvino_group_size_table(size, chosen):
+    assert openvino_group_size(size, 15 * 1024 * size, "layer") == chosen
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 5, 6, 10, 12, 15, 20, 30, 36, 50, 60, 63, 86, 91, 100, 125, 250, 500])
+def test_openvino_refuses_what_cannot_be_split(size):
+    with pytest.raises(Unsupported):
+        openvino_group_size(size, 4 * size, "layer")
+
+
+def test_symmetric_weights_are_recognised():
+    weight = random_weight(0, 2, 2, 4)
+    eights = replace(weight, zero_points=np.full((2, 2), 8, np.uint8))
+    assert all_zero_points_are(eights, 8) and not all_zero_points_are(eights, 7)
+    points = eights.zero_points.copy()
+    points[1, 1] = 7
+    assert not all_zero_points_are(replace(eights, zero_points=points), 8)
