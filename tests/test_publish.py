@@ -412,3 +412,16 @@ def test_too_little_space_is_refused_before_any_work(tmp_path, monkeypatch):
     with pytest.raises(EnvironmentProblem, match="expected 11 MiB, found 10 MiB free") as caught:
         check_space(tmp_path / "not" / "yet" / "out", 11 << 20)
     assert caught.value.code == "E_NOSPC"
+
+
+def test_overwrite_spares_folders_that_are_not_ours(tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "thesis.txt").write_text("precious")
+    with pytest.raises(OutputExists, match="not made by sparseport"), staged_output(output, True, "sparseport.json"):
+        pass
+    assert (output / "thesis.txt").read_text() == "precious"
+    (output / "sparseport.json").write_text("{}")
+    with staged_output(output, True, "sparseport.json") as stage:
+        (stage / "new").write_text("x")
+    assert [path.name for path in output.iterdir()] == ["new"]

@@ -226,3 +226,10 @@ def test_there_are_shipped_recipes_with_the_demo_among_them():
 
 def test_defaults_are_checked_too():
     assert FinetuneRecipe().search_space[0] == max(FinetuneRecipe().search_space)
+
+
+def test_a_key_that_comes_twice_is_refused(tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text("export:\n  base: a\n  output: b\n  base: c\n")
+    with pytest.raises(BadInput, match="twice|cannot read"):
+        load_job(path)

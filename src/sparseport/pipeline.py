@@ -23,7 +23,7 @@ from sparseport.sources import Sources, open_sources
 from sparseport.targets.openvino import readback
 from sparseport.targets.openvino.writer import XML, OpenVinoWriter, as_stored
 from sparseport.verify.bits import digest_linears, digest_tensors
-from sparseport.verify.certificate import SCHEMA, Certificate, decimal, file_facts
+from sparseport.verify.certificate import FILE_NAME, SCHEMA, Certificate, decimal, file_facts
 from sparseport.verify.numerics import TOLERANCE
 from sparseport.weights.digest import digest, mask_digest
 from sparseport.weights.linear import Array, DenseWeight, QuantizedWeight
@@ -75,7 +75,7 @@ def export(recipe: Recipe, progress: Progress | None = None) -> ExportResult:
         for note in layers.notes:
             progress.note(note)
         check_space(recipe.output, layers.output_bytes + layers.scratch_bytes)
-        with staged_output(recipe.output, recipe.overwrite) as stage:
+        with staged_output(recipe.output, recipe.overwrite, marker=FILE_NAME) as stage:
             certificate = _export_openvino(recipe, sources, layers, stage, progress)
             certificate.write(stage)
     return ExportResult(recipe.output, certificate, layers.notes)

@@ -16,14 +16,20 @@ TEMP_PREFIX = ".sparseport-tmp-"
 
 
 @contextmanager
-def staged_output(output: Path, overwrite: bool = False) -> Iterator[Path]:
+def staged_output(output: Path, overwrite: bool = False, marker: str | None = None) -> Iterator[Path]:
     """Yield a fresh folder beside `output`; rename it to `output` if the block ends without an error.
 
     A failed or interrupted block leaves `output` as it was and removes the temporary folder. What a killed process left
     behind is removed by the next run on the same output.
 
+    Args:
+        output: folder to make.
+        overwrite: replace an existing folder.
+        marker: name of a file that a folder must hold to be replaced, so that a mistyped path cannot cost somebody
+            their files; an empty folder may always be replaced.
+
     Raises:
-        OutputExists: `output` is there and `overwrite` is false, or another process is writing it.
+        OutputExists: `output` is there and may not be replaced, or another process is writing it.
         EnvironmentProblem: the parent is not a writable folder, or the disk fills up.
     """
     output = Path(output).absolute()
@@ -46,6 +52,13 @@ def staged_output(output: Path, overwrite: bool = False) -> Iterator[Path]:
             raise OutputExists("output is a file, not a folder", where=output, fix="choose another --output")
         if output.exists() and not overwrite:
             raise OutputExists("output exists already", where=output, fix="choose another --output or give --overwrite")
+        if output.exists() and marker and not (output / marker).is_file() and any(output.iterdir()):
+            raise OutputExists(
+                "the folder to overwrite was not made by sparseport",
+                where=output,
+                expected=f"a folder with {marker}",
+                fix="choose another --output, or remove the folder yourself",
+            )
         for leftover in (stage, aside):
             shutil.rmtree(leftover, ignore_errors=True)
         try:

@@ -143,7 +143,7 @@ def load_job(path: Path, settings: tuple[str, ...] = (), export: dict[str, Any] 
     import yaml
 
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_strict_loader())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise BadInput("cannot read the recipe", where=path, found=str(error).splitlines()[0]) from error
     if not isinstance(data, dict):
@@ -152,6 +152,21 @@ def load_job(path: Path, settings: tuple[str, ...] = (), export: dict[str, Any] 
     if export:
         _overlay(data, {"export": export})
     return _checked(Job, data, str(path))
+
+
+def _strict_loader() -> Any:
+    """YAML's safe loader, except that a key may not come twice in one mapping."""
+    import yaml
+
+    class Strict(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            for key in keys:
+                if keys.count(key) > 1:
+                    raise yaml.constructor.ConstructorError(None, None, f"key {key!r} comes twice", node.start_mark)
+            return super().construct_mapping(node, deep)
+
+    return Strict
 
 
 def make_recipe(data: dict[str, Any], where: str = "options") -> Recipe:

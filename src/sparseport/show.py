@@ -6,23 +6,31 @@ from collections import Counter
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from sparseport.errors import printable
+from sparseport.errors import printable as _printable
 from sparseport.pipeline import ExportResult
 from sparseport.plan import Plan
 from sparseport.verify.folder import Verdict
 
 
+def printable(text: object) -> str:
+    """Text from files or users, safe for a terminal and for rich's markup."""
+    return escape(_printable(str(text)))
+
+
 def show_plan(plan: Plan) -> None:
     """Print a dry run: every layer, what would be refused, and the estimates."""
     console = Console()
-    table = Table("layer", "rule", "rank", "shape", "source", "stored", title="plan", title_justify="left")
+    table = Table(title="plan", title_justify="left")
+    for name in ("layer", "rule", "rank", "shape", "source", "stored"):
+        table.add_column(name, overflow="fold")
     for layer in plan.layers:
         rank = "" if layer.rank is None else str(layer.rank)
         shape = f"{layer.shape[0]}x{layer.shape[1]}"
         stored = f"[red]refused: {printable(layer.refused)}[/red]" if layer.refused else layer.stored
-        table.add_row(layer.module, layer.rule, rank, shape, layer.source, stored)
+        table.add_row(printable(layer.module), layer.rule, rank, shape, layer.source, stored)
     console.print(table)
     rules = Counter(layer.rule for layer in plan.layers)
     console.print("rules: " + ", ".join(f"{rule} {count}" for rule, count in sorted(rules.items())))
@@ -31,14 +39,14 @@ def show_plan(plan: Plan) -> None:
         f"memory about {plan.memory_mib} MiB"
     )
     for note in plan.notes:
-        console.print(f"note: {note}")
+        console.print(f"note: {printable(note)}")
 
 
 def show_export(result: ExportResult) -> None:
     """Print what was exported and what is proven about it."""
     console = Console()
     totals = result.certificate.totals
-    console.print(f"[bold]{result.folder}[/bold]")
+    console.print(f"[bold]{printable(result.folder)}[/bold]")
     console.print(
         f"  {totals['linears']} linear layers, {totals['weights']:,} weights, {totals['int4_linears']} in INT4"
     )
@@ -52,7 +60,7 @@ def show_export(result: ExportResult) -> None:
         show_numerics(result.certificate.body["numerics"])
     else:
         console.print("  logits: not compared (--no-numerics)")
-    console.print(f"  proof again any time: sparseport verify {result.folder}")
+    console.print(f"  proof again any time: sparseport verify {printable(result.folder)}")
 
 
 def show_numerics(numerics: dict[str, Any]) -> None:
@@ -81,10 +89,10 @@ def show_demo(result: dict[str, Any]) -> None:
     for row in result["table"]:
         table.add_row(row["model"], row["accuracy"], row["size"], row["sparsity"])
     console.print(table)
-    console.print(f"asked:    {result['example']['prompt']}")
-    console.print(f"answered: {result['example']['answer']}")
+    console.print(f"asked:    {printable(result['example']['prompt'])}")
+    console.print(f"answered: {printable(result['example']['answer'])}")
     console.print(
         f"codes that differ between training forward and merge: {result['code_differences']['different']} of "
         f"{result['code_differences']['codes']:,}"
     )
-    console.print(f"verify: {len(result['differences'])} differences; folder {result['folder']}")
+    console.print(f"verify: {len(result['differences'])} differences; folder {printable(result['folder'])}")

@@ -39,9 +39,9 @@ def merge_sparse_peft(base: DenseWeight, branch: LowRankBranch, where: str) -> D
     """
     if base.mask is None:
         raise BadInput("SparsePEFT needs the mask of a sparse base", where=where, fix="give --sparse-base DIR")
-    delta = scaled_delta_for(base.shape, branch, where)
-    merged = _add(base.values, delta, where)
     # Selecting instead of multiplying by the mask keeps pruned weights +0 even where the delta is negative.
+    delta = np.where(base.mask, scaled_delta_for(base.shape, branch, where), np.float32(0))
+    merged = _add(base.values, delta, where)
     return replace(base, values=np.where(base.mask, merged, np.zeros((), merged.dtype)))
 
 
