@@ -1,7 +1,11 @@
-# sparseport for CPU: reads checkpoints, exports to OpenVINO, verifies, benchmarks.
+# sparseport for CPU: reads checkpoints, exports to OpenVINO, verifies.
 #
 #   docker build -t sparseport .
-#   docker run --rm -v "$PWD:/data" sparseport export --base base --target openvino --output out
+#   docker run --rm --user "$(id -u):$(id -g)" -v "$PWD:/data" sparseport export --base base --target openvino --output out
+#
+# --user: the image's own user (uid 10001) may not write into a folder of yours that is mounted as /data.
+#
+# Extras in the image: `openvino`. Not in it: `train` (GGUF files, and with them `sparseport demo`) and `dev`.
 #
 # PyTorch's default Linux build carries CUDA. For a smaller image give the CPU build:
 #   docker build --build-arg TORCH_INSTALL='torch==2.13.0 --index-url URL-OF-THE-CPU-WHEELS' -t sparseport .
@@ -24,7 +28,7 @@ FROM python:3.11-slim AS runtime
 LABEL org.opencontainers.image.title="sparseport" \
       org.opencontainers.image.description="Exports sparse and sparse-INT4 fine-tuned language models bit for bit" \
       org.opencontainers.image.licenses="Apache-2.0"
-# HOME is fixed so that `docker run --user` finds the same one.
+# HOME is fixed, and open to all readers, so that `docker run --user` finds the same one.
 ENV HOME=/home/sparseport \
     HF_HUB_OFFLINE=1 \
     HF_HUB_DISABLE_TELEMETRY=1 \
@@ -37,6 +41,7 @@ ENV HOME=/home/sparseport \
 RUN useradd --create-home --uid 10001 --user-group sparseport && \
     mkdir -p /home/sparseport/intel /data && \
     printf 0 > /home/sparseport/intel/openvino_telemetry && \
+    chmod 755 /home/sparseport /home/sparseport/intel && \
     chown 10001:10001 /data
 COPY --from=builder /opt/venv /opt/venv
 WORKDIR /data

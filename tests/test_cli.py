@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,20 +16,6 @@ from sparseport import cli
 from sparseport.errors import FidelityError
 
 VERBS = ("export", "verify", "demo")
-
-
-@pytest.fixture(autouse=True)
-def _process_state():
-    """Give back what `main` changes in the process: the signal handler and the hidden telemetry package."""
-    handler = signal.getsignal(signal.SIGTERM)
-    telemetry = sys.modules.get("openvino_telemetry", "not imported")
-    environment = dict(os.environ)
-    yield
-    signal.signal(signal.SIGTERM, handler)
-    os.environ.clear()
-    os.environ.update(environment)
-    if telemetry == "not imported":
-        sys.modules.pop("openvino_telemetry", None)
 
 
 def run(capsys, *arguments):
@@ -157,6 +144,69 @@ def test_whatever_happens_has_a_status_and_one_line(capsys, monkeypatch, raised,
     assert run(capsys, "verify", "x") == (status, "", text)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["export", "--base", "b", "--output", "o"], "interrupted; no half-written output was left\n"),
+        (["verify", "x"], "interrupted; nothing was written\n"),
+        (["demo"], "interrupted; finished steps are kept, and the same command goes on from there\n"),
+    ],
+)
+def test_ctrl_c_says_what_became_of_the_work(capsys, monkeypatch, arguments, text):
+    def fail(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, f"_run_{arguments[0]}", fail)
+    assert run(capsys, *arguments) == (130, "", text)
+
+
+@pytest.mark.parametrize("raised", [None, FidelityError("x"), KeyboardInterrupt(), SystemExit(143)])
+def test_a_caller_in_the_same_process_gets_everything_back(capsys, monkeypatch, raised):
+    """The signal handler, the offline switches and the hidden telemetry package are for the time of the verb only."""
+    seen = {}
+
+    def verb(options):
+        seen["handler"] = signal.getsignal(signal.SIGTERM)
+        seen["offline"] = os.environ.get("HF_HUB_OFFLINE"), os.environ.get("TOKENIZERS_PARALLELISM")
+        seen["telemetry"] = sys.modules.get("openvino_telemetry", "not blocked")
+        if raised is not None:
+            raise raised
+        return 0
+
+    def mine(signum, frame):
+        raise AssertionError
+
+    monkeypatch.setattr(cli, "_run_verify", verb)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    monkeypatch.delitem(sys.modules, "openvino_telemetry", raising=False)
+    environment, before = dict(os.environ), signal.signal(signal.SIGTERM, mine)
+    try:
+        run(capsys, "verify", "x")
+        assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == {"handler": cli._terminate, "offline": ("1", "true"), "telemetry": None}
+    assert dict(os.environ) == environment and "openvino_telemetry" not in sys.modules
+
+
+def test_a_telemetry_package_that_is_blocked_already_stays_blocked(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "_run_verify", lambda options: 0)
+    monkeypatch.setitem(sys.modules, "openvino_telemetry", None)
+    run(capsys, "verify", "x")
+    assert sys.modules["openvino_telemetry"] is None
+
+
+def test_main_runs_in_any_thread(monkeypatch):
+    """Python lets only the main thread set signal handlers."""
+    monkeypatch.setattr(cli, "_run_verify", lambda options: 0)
+    before, results = signal.getsignal(signal.SIGTERM), []
+    thread = threading.Thread(target=lambda: results.append(cli.main(["verify", "x"])))
+    thread.start()
+    thread.join()
+    assert results == [0] and signal.getsignal(signal.SIGTERM) is before
+
+
 @pytest.mark.parametrize("raised", [FidelityError("x"), ZeroDivisionError()])
 def test_debug_shows_the_traceback(capsys, monkeypatch, raised):
     def fail(options):
@@ -229,13 +279,13 @@ def test_a_dry_run_lists_every_refusal(capsys, tmp_path, monkeypatch, tiny_base,
     arguments = ["export", "--dry-run", "--base", tiny_base, "--adapter", tiny_adapter, "--output", tmp_path / "out"]
     status, out, err = run(capsys, *arguments, "--json")
     plan = json.loads(out)  # one document, with the error in it
-    refused = [layer["module"] for layer in plan["layers"] if layer["refused"]]
-    assert status == 7 == plan["error"]["exit_code"] and plan["refused"] == len(refused) == 10
-    assert "10 of 14 layers cannot be exported" in one_error(err, "E_UNSUPPORTED")
+    refused = [layer["module"] for layer in plan["layers"] if layer["refusal"]]
+    assert status == 3 == plan["error"]["exit_code"] and plan["refused"] == len(refused) == 10
+    assert "10 of 14 layers are refused" in one_error(err, "E_PAIRING") and refused[0] in err
     monkeypatch.setenv("COLUMNS", "300")
     status, out, err = run(capsys, *arguments)
-    assert status == 7 and out.count("refused:") == 10 and all(module in out for module in refused)
-    one_error(err, "E_UNSUPPORTED")
+    assert status == 3 and out.count("refused:") == 10 and all(module in out for module in refused)
+    one_error(err, "E_PAIRING")
     assert list(tmp_path.iterdir()) == []
 
 

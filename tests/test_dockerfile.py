@@ -143,6 +143,32 @@ def test_runtime_is_unprivileged_and_starts_the_tool() -> None:
     assert json.loads(values("CMD", stage)[-1]) == ["--help"]
 
 
+def test_the_usage_example_can_write_and_parses() -> None:
+    """The image's own user may not write into a bind mount of the caller's, so the example has to be somebody else."""
+    from sparseport.cli import _parser
+
+    comments = [line.lstrip("# ") for line in (REPO / "Dockerfile").read_text("utf-8").splitlines() if line[:1] == "#"]
+    (build,) = [shlex.split(line) for line in comments if re.match("docker build -t", line)]
+    (run,) = [shlex.split(line) for line in comments if line.startswith("docker run ")]
+    image = run.index(build[build.index("-t") + 1])
+    assert run[run.index("--user") + 1] == "$(id -u):$(id -g)" and run.index("--user") < image
+    assert run[run.index("-v") + 1] == f"$PWD:{values('WORKDIR', last_stage())[-1]}"
+    options = _parser().parse_args(run[image + 1 :])
+    assert options.verb == "export" and not Path(options.output).is_absolute()
+
+
+def test_the_comment_names_the_extras_of_the_image() -> None:
+    tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    text = (REPO / "Dockerfile").read_text("utf-8")
+    match = re.search(r"^# Extras in the image: (.*)\. Not in it: (.*)\.$", text, re.M)
+    assert match is not None
+    there, missing = (re.findall(r"`(\w+)`", part.replace("`sparseport demo`", "")) for part in match.groups())
+    (target,) = [w for value in values("RUN") for w in shlex.split(value) if w.startswith(".[")]
+    assert there == target[2:-1].split(",")
+    extras = tomllib.loads((REPO / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    assert set(there) | set(missing) == set(extras) and not set(there) & set(missing)
+
+
 def test_copied_files_alone_build_the_package(tmp_path: Path) -> None:
     """The context that COPY brings is enough for pip to build and install, with every module and the entry point."""
     pytest.importorskip("setuptools")
@@ -180,8 +206,9 @@ def test_file_system_preparation_runs_and_declines_usage_data(tmp_path: Path) ->
     root, stand_ins = tmp_path / "root", tmp_path / "bin"
     (root / "home").mkdir(parents=True)
     stand_ins.mkdir()
+    # Newer Debian makes homes that only their owner may enter.
     for name, script in {
-        "useradd": f'for last; do :; done; mkdir "{root}/home/$last"',
+        "useradd": f'for last; do :; done; mkdir -m 700 "{root}/home/$last"',
         "chown": "exit 0",
     }.items():
         (stand_ins / name).write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
@@ -192,6 +219,10 @@ def test_file_system_preparation_runs_and_declines_usage_data(tmp_path: Path) ->
         result = subprocess.run(["sh", "-ec", moved], env=environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
     assert (root / values("WORKDIR", last_stage())[-1].lstrip("/")).is_dir()
+    # Under --user the record of consent is read by somebody who is not its owner.
+    record = root / "home" / "sparseport" / "intel" / "openvino_telemetry"
+    assert all(folder.stat().st_mode & 0o005 == 0o005 for folder in (record.parent, record.parent.parent))
+    assert record.stat().st_mode & 0o004
 
     pytest.importorskip("openvino_telemetry")
     home = re.search(r"\bHOME=/(\S+)", " ".join(values("ENV", last_stage())))

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from sparseport import publish
-from sparseport.errors import EnvironmentProblem, OutputExists
+from sparseport.errors import EnvironmentProblem, OutputExists, UsageError
 from sparseport.publish import TEMP_PREFIX, check_space, staged_output
 
 CHILD = """
@@ -193,8 +193,8 @@ def killed_between_renames(parent: Path) -> dict[str, str]:
     """The state between `output -> aside` and `stage -> output`."""
     old = fill(parent / "expected")
     content = tree(old)
-    old.rename(parent / f"{TEMP_PREFIX}out.old")
-    fill(parent / f"{TEMP_PREFIX}out", "new")
+    old.rename(parent / f"{TEMP_PREFIX}aside-out")
+    fill(parent / f"{TEMP_PREFIX}stage-out", "new")
     return content
 
 
@@ -218,13 +218,61 @@ def test_a_run_killed_between_its_renames_keeps_the_old_output_when_the_next_fai
     assert tree(tmp_path / "out") == content and [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_what_a_killed_run_had_begun_to_delete_is_not_brought_back(tmp_path):
+    """The old output was set aside, replaced and half deleted; then somebody removed the new one."""
+    fill(tmp_path / f"{TEMP_PREFIX}aside-out")
+    with staged_output(tmp_path / "out", marker="sparseport.json") as stage:
+        (stage / "new").write_text("x")
+    assert sorted(tree(tmp_path)) == ["out", "out/new"]
+
+
+def test_an_output_with_the_marker_is_brought_back(tmp_path):
+    old = fill(tmp_path / f"{TEMP_PREFIX}aside-out")
+    (old / "sparseport.json").write_text("{}")
+    content = tree(old)
+    with pytest.raises(ValueError), staged_output(tmp_path / "out", True, "sparseport.json"):
+        raise ValueError
+    assert tree(tmp_path / "out") == content and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("other", ["m.old", "m.lock", "stage-m", "aside-m", "lock-m"])
+def test_a_killed_run_on_a_similar_name_leaves_no_mark_on_ours(tmp_path, child, other):
+    process = child(tmp_path / other)
+    process.kill()
+    process.communicate()
+    left = tree(tmp_path)
+    write_new(tmp_path / "m", overwrite=False)  # nothing of the other run may stand there as `m`
+    assert sorted(tree(tmp_path / "m")) == ["sub", "sub/a.txt", "sub/deep", "sub/deep/b.txt"]
+    assert {name: value for name, value in tree(tmp_path).items() if name in left} == left
+
+
+@pytest.mark.parametrize("other", ["m.old", "m.lock", "stage-m", "aside-m", "lock-m"])
+@pytest.mark.parametrize("there", [False, True])
+def test_a_running_export_to_a_similar_name_is_not_disturbed(tmp_path, child, other, there):
+    if there:
+        fill(tmp_path / "m")
+    child(tmp_path / other)
+    running = {name: value for name, value in tree(tmp_path).items() if name.startswith(TEMP_PREFIX)}
+    assert any(name.endswith("/new.txt") for name in running)
+    write_new(tmp_path / "m")
+    assert sorted(tree(tmp_path / "m")) == ["sub", "sub/a.txt", "sub/deep", "sub/deep/b.txt"]
+    after = tree(tmp_path)
+    assert {name: after.get(name) for name in running} == running
+
+
+def test_the_names_of_temporary_folders_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="temporary"):
+        write_new(tmp_path / f"{TEMP_PREFIX}stage-m")
+    assert tree(tmp_path) == {}
+
+
 def test_a_second_rename_that_fails_brings_the_old_output_back(tmp_path, monkeypatch):
     output = fill(tmp_path / "out")
     before = tree(tmp_path)
     rename = Path.rename
 
     def failing(self, target):
-        if self.name == f"{TEMP_PREFIX}out":
+        if self.name == f"{TEMP_PREFIX}stage-out":
             raise OSError(errno.EIO, "gone")
         return rename(self, target)
 
@@ -243,7 +291,7 @@ def test_everything_is_on_the_disk_before_the_rename(tmp_path, monkeypatch):
         fsync(handle)
 
     def checking(self, target):
-        if self.name == f"{TEMP_PREFIX}out":
+        if self.name == f"{TEMP_PREFIX}stage-out":
             files = {str(path) for path in self.rglob("*") if path.is_file()}
             assert len(files) == 2 and files <= synced and str(self) in synced
         return rename(self, target)
@@ -308,7 +356,7 @@ def held(lock: Path) -> bool:
 
 
 def test_a_lock_file_removed_under_our_hands_is_locked_again(tmp_path, monkeypatch):
-    lock = tmp_path / f"{TEMP_PREFIX}out.lock"
+    lock = tmp_path / f"{TEMP_PREFIX}lock-out"
     flock, calls = fcntl.flock, []
 
     def racing(handle, how):
@@ -399,7 +447,7 @@ def test_a_link_to_a_folder_stays_a_link(tmp_path):
 
 def test_a_link_planted_as_lock_is_not_followed(tmp_path):
     victim = tmp_path / "victim"
-    (tmp_path / f"{TEMP_PREFIX}out.lock").symlink_to(victim)
+    (tmp_path / f"{TEMP_PREFIX}lock-out").symlink_to(victim)
     with pytest.raises(EnvironmentProblem, match="cannot lock"):
         write_new(tmp_path / "out")
     assert not victim.exists() and not (tmp_path / "out").exists()

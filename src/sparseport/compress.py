@@ -6,21 +6,28 @@ is either repaired by the mask or refused.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sparseport.child import Child
-from sparseport.errors import FidelityError, UsageError
+from sparseport.errors import FidelityError
 from sparseport.merge.layer import prune_again
-from sparseport.plan import Plan
+from sparseport.plan import Plan, merge_planned
 from sparseport.recipe import Recipe
 from sparseport.sources import Sources
 from sparseport.targets.openvino import readback
+from sparseport.verify.certificate import decimal
 from sparseport.weights.digest import digest
-from sparseport.weights.linear import QuantizedWeight
+from sparseport.weights.linear import Array, DenseWeight, Mask, QuantizedWeight
 from sparseport.weights.mask import revived
+from sparseport.weights.rounding import dequantize
+
+# Half a step of rounding, and up to half a step of clipping at the end of a symmetric grid.
+_STEPS_OF_ROUNDING = 1.01
+_ROWS = 256
 
 
 def compress_folder(
@@ -35,10 +42,8 @@ def compress_folder(
     """Compress the folder's IR in place with NNCF and record what each layer became in `linears` and `tensors`.
 
     Raises:
-        UsageError: options that do not go together.
         FidelityError: a mode revived pruned weights and the mask policy is `strict`.
     """
-    check_options(recipe)
     xml = folder / "openvino_model.xml"
     floating = [layer.module for layer in layers.layers if layer.group_size is None]
     request = recipe.compress.model_dump(mode="json") | {
@@ -51,30 +56,7 @@ def compress_folder(
     }
     with Child("sparseport.targets.openvino.nncf_step", request) as child:
         child.result()
-    _repair(scratch / "compressed.xml", xml, recipe, sources, set(floating), linears)
-    for facts in tensors.values():
-        if recipe.embedding == "int8" and len(facts["shape"]) >= 2:
-            facts["stored"] = "nncf int8_asym"
-
-
-def check_options(recipe: Recipe) -> None:
-    """Refuse combinations that NNCF would refuse late or ignore.
-
-    Raises:
-        UsageError: names the options.
-    """
-    options = recipe.compress
-    four_bits = options.mode.startswith("int4")
-    if (options.scale_estimation or options.gptq) and options.dataset is None:
-        raise UsageError(
-            "data-aware compression needs a dataset",
-            where="--compress-dataset",
-            fix="give a text file, one sample a line",
-        )
-    if not four_bits and (options.awq or options.scale_estimation or options.gptq or options.ratio != 1.0):
-        raise UsageError(
-            "ratio, awq, scale estimation and gptq belong to 4-bit modes", where="--compress", found=options.mode
-        )
+    _repair(scratch / "compressed.xml", xml, recipe, sources, layers, linears, tensors)
 
 
 def _repair(
@@ -82,51 +64,105 @@ def _repair(
     xml: Path,
     recipe: Recipe,
     sources: Sources,
-    floating: set[str],
+    layers: Plan,
     linears: dict[str, dict[str, Any]],
+    tensors: dict[str, dict[str, Any]],
 ) -> None:
-    """Check every compressed layer against its mask, put pruned weights back where allowed, and save."""
+    """Check every compressed weight against its source and its mask, mend it where allowed, and save."""
     import openvino as ov
 
     model = readback.read_model(compressed)
+    floating = {layer.module: layer for layer in layers.layers if layer.group_size is None}
+    # Without data NNCF rounds to nearest, within a step; its data-aware options move weights on purpose.
+    limit = None if recipe.compress.gptq or recipe.compress.scale_estimation else _STEPS_OF_ROUNDING
     mended: list[Any] = []
     for item in list(readback.weights(model)):
         module = item.name.removesuffix(".weight")
-        if module not in floating or not isinstance(item.weight, QuantizedWeight):
-            continue
-        facts = linears[module]
         weight = item.weight
-        mask = sources.dense(module, facts["rule"]).mask if "mask_sha256" in facts else None
-        back = revived(weight, mask) if mask is not None else 0
-        if mask is not None and back:
-            if recipe.mask_policy != "reapply":
-                raise FidelityError(
-                    "NNCF revived pruned weights",
-                    where=module,
-                    found=f"{back} weights",
-                    code="E_MASK",
-                    fix="`--mask-policy reapply` prunes them again; without gptq NNCF keeps zeros",
-                )
-            weight = prune_again(weight, mask)  # type: ignore[assignment]
-            mended.append(_replace_codes(model, item, weight))
-            facts["re_pruned"] = back
-        facts |= {
-            "bits": weight.bits,
-            "group_size": weight.group_size,
-            "stored_group_size": weight.group_size,
-            "stored": f"{item.element_type} g{weight.group_size}",
-            "compressed_sha256": digest(weight),
-        }
-    for module in floating:
-        if recipe.compress.mode != "none" and "compressed_sha256" not in linears[module]:
+        if not isinstance(weight, QuantizedWeight):
+            continue
+        if module in floating:
+            merged = merge_planned(recipe, sources, floating[module]).weight
+            assert isinstance(merged, DenseWeight)
+            back = 0 if merged.mask is None else revived(weight, merged.mask)
+            if merged.mask is not None and back:
+                weight = _prune_again(weight, merged.mask, back, module, recipe)
+                mended.append(_replace_codes(model, item, weight))
+                linears[module]["re_pruned"] = back
+            linears[module] |= _facts(item.element_type, weight, merged.values, limit, module)
+        elif recipe.embedding == "int8" and item.name in tensors:
+            source = sources.base.read(item.name)
+            tensors[item.name] |= _facts(item.element_type, weight, source, _STEPS_OF_ROUNDING, item.name)
+        sources.release()
+    wanted = [linears[module] | {"name": module} for module in floating if recipe.compress.mode != "none"]
+    if recipe.embedding == "int8":
+        wanted += [facts | {"name": name} for name, facts in tensors.items() if len(facts["shape"]) >= 2]
+    for facts in wanted:
+        if "compressed_sha256" not in facts:
             raise FidelityError(
-                "NNCF did not compress this layer",
-                where=module,
+                "NNCF did not compress this weight",
+                where=facts["name"],
                 code="E_COMPRESS",
                 fix="choose another --compress mode or group size",
             )
     ov.save_model(model, xml, compress_to_fp16=False)
     del model, mended
+
+
+def _prune_again(weight: QuantizedWeight, mask: Mask, back: int, module: str, recipe: Recipe) -> QuantizedWeight:
+    if recipe.mask_policy != "reapply":
+        raise FidelityError(
+            "NNCF revived pruned weights",
+            where=module,
+            found=f"{back} weights",
+            code="E_MASK",
+            fix="`--mask-policy reapply` prunes them again; without gptq NNCF keeps zeros",
+        )
+    pruned = prune_again(weight, mask)
+    assert isinstance(pruned, QuantizedWeight)
+    return pruned
+
+
+def _facts(
+    element_type: str, weight: QuantizedWeight, source: Array, limit: float | None, where: str
+) -> dict[str, Any]:
+    """What the certificate says of a compressed weight, after comparing it with its source.
+
+    Raises:
+        FidelityError: a value is further from its source than rounding explains.
+    """
+    largest, mean = error_in_steps(weight, source)
+    if limit is not None and largest > limit:
+        raise FidelityError(
+            "the compressed weight is not the source's",
+            where=where,
+            expected=f"at most {limit} quantisation steps away",
+            found=f"{largest:.2f}",
+            code="E_COMPRESS",
+        )
+    return {
+        "bits": weight.bits,
+        "group_size": weight.group_size,
+        "stored_group_size": weight.group_size,
+        "stored": f"{element_type} g{weight.group_size}",
+        "compressed_sha256": digest(weight),
+        "compression_error_steps": {"max": decimal(largest, 3), "mean": decimal(mean, 3)},
+    }
+
+
+def error_in_steps(weight: QuantizedWeight, source: Array) -> tuple[float, float]:
+    """Largest and mean |dequantised - source|, in steps (scales) of the grid; rows are taken in blocks."""
+    largest = total = 0.0
+    for start in range(0, weight.shape[0], _ROWS):
+        rows = slice(start, start + _ROWS)
+        part = replace(
+            weight, codes=weight.codes[rows], scales=weight.scales[rows], zero_points=weight.zero_points[rows]
+        )
+        distance = np.abs(dequantize(part) - source[rows].astype(np.float32))
+        steps = distance / np.repeat(part.scales.astype(np.float32), part.group_size, axis=1)
+        largest = max(largest, float(steps.max()))
+        total += float(steps.sum())
+    return largest, total / weight.codes.size
 
 
 def _replace_codes(model: Any, item: readback.ReadBack, weight: QuantizedWeight) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,11 +23,11 @@ from sparseport.recipe import Recipe
 from sparseport.sources import Sources, open_sources
 from sparseport.targets.openvino import readback
 from sparseport.targets.openvino.writer import XML, OpenVinoWriter, as_stored
-from sparseport.verify.bits import digest_linears, digest_tensors
+from sparseport.verify.bits import digest_graph
 from sparseport.verify.certificate import FILE_NAME, SCHEMA, Certificate, decimal, file_facts
 from sparseport.verify.numerics import TOLERANCE
-from sparseport.weights.digest import digest, mask_digest
-from sparseport.weights.linear import Array, DenseWeight, QuantizedWeight
+from sparseport.weights.digest import digest, mask_digest, value_digest
+from sparseport.weights.linear import DenseWeight, QuantizedWeight
 from sparseport.weights.mask import sparsity
 
 
@@ -94,9 +95,15 @@ def _export_openvino(recipe: Recipe, sources: Sources, layers: Plan, stage: Path
                 inputs = sources.facts()
             with progress.task("building the graph"):
                 writer.save(_dtype_label(recipe, layers))
+            for name in writer.left_out:
+                del tensors[name]
+            if writer.left_out:
+                layers.notes.append(f"{len(writer.left_out)} biases of zeros are left out: the model has no such bias")
         if recipe.compress.mode != "none" or recipe.embedding == "int8":
             with progress.task(f"compressing ({recipe.compress.mode}, embedding {recipe.embedding})"):
                 compress_folder(recipe, sources, layers, stage, scratch, linears, tensors)
+            if recipe.compress.dataset is not None:
+                inputs["dataset"] = {"sha256": file_facts(recipe.compress.dataset)["sha256"]}
     with progress.task("reading back", len(linears)) as step:
         _check_read_back(stage / XML, linears, tensors, step)
     numerics: dict[str, Any] = {"run": False}
@@ -132,6 +139,7 @@ def _merge_all(
         merged = merge_planned(recipe, sources, layer)
         writer.add_linear(layer.module, merged.weight, layer.stored_group)
         facts[layer.module] = _linear_facts(layer, merged, sources, recipe)
+        sources.release()
         step()
     return facts
 
@@ -192,11 +200,10 @@ def _add_tensors(recipe: Recipe, sources: Sources, layers: Plan, writer: OpenVin
     for name in layers.tensors:
         values = sources.base.read(name)
         changed = 0
+        stored = values
         if values.ndim >= 2:
             stored, changed = as_stored(values, recipe.embedding, name)
             writer.add_tensor(name, stored)
-        else:
-            stored = values
         facts[name] = {
             "shape": list(values.shape),
             "source_dtype": values.dtype.name,
@@ -204,14 +211,8 @@ def _add_tensors(recipe: Recipe, sources: Sources, layers: Plan, writer: OpenVin
             "readback": {},
             "value_sha256": value_digest(stored),
         }
+        sources.release()
     return facts
-
-
-def value_digest(values: Array) -> str:
-    """Digest of a tensor's numbers whatever float dtype holds them: all are exact in float32."""
-    from sparseport.weights.digest import array_digest
-
-    return array_digest(values.astype(np.float32))
 
 
 def _check_read_back(
@@ -220,33 +221,35 @@ def _check_read_back(
     """Read the written model and compare every weight; on success the digests enter the facts.
 
     Raises:
-        FidelityError: a weight in the file is not the one that was merged.
+        FidelityError: a weight in the file is not the one that was merged, or the graph uses one that nobody merged.
     """
-    model = readback.read_model(xml)
-    found = digest_linears(model, linears, step)
+    found = digest_graph(readback.read_model(xml), linears, tensors, step)
+    if found.unproven:
+        raise FidelityError(
+            "the graph uses a matrix that no input gave", where=f"{xml.name}, {found.unproven[0]}", code="E_READBACK"
+        )
     for module, facts in linears.items():
         expected = facts.get("compressed_sha256", facts["weight_sha256"])
-        if found.get(module) != expected:
+        if found.linears.get(module) != expected:
             raise FidelityError(
                 "the written weight is not the merged one",
                 where=f"{xml.name}, {module}",
                 expected=expected[:16],
-                found=str(found.get(module))[:16],
+                found=str(found.linears.get(module))[:16],
                 code="E_READBACK",
             )
-        facts["readback"]["openvino"] = found[module]
-    exact = {item.name: item.weight for item in readback.weights(model) if item.name in tensors}
-    digests = digest_tensors(model, tensors)
+        facts["readback"]["openvino"] = found.linears[module]
     for name, facts in tensors.items():
-        weight = exact.get(name)
-        same = isinstance(weight, QuantizedWeight) or (
-            weight is not None and value_digest(weight.values.reshape(facts["shape"])) == facts["value_sha256"]
+        same = (
+            found.tensors.get(name) == facts["compressed_sha256"]
+            if "compressed_sha256" in facts
+            else found.values.get(name) == facts["value_sha256"]
         )
         if not same:
             raise FidelityError(
                 "the written tensor is not the source's", where=f"{xml.name}, {name}", code="E_READBACK"
             )
-        facts["readback"]["openvino"] = digests[name]
+        facts["readback"]["openvino"] = found.tensors[name]
 
 
 def check_numerics(folder: Path) -> dict[str, Any]:
@@ -257,8 +260,17 @@ def check_numerics(folder: Path) -> dict[str, Any]:
     """
     with Child("sparseport.verify.numerics", {"folder": str(folder)}) as child:
         result = child.result()
-    largest = float(result["full_precision"]["max_abs"])
-    if not largest <= TOLERANCE:  # NaN fails too
+    for label in ("full_precision", "default"):
+        # Infinities and NaN at the settings that applications use would be a broken model, whatever the weights are.
+        if not all(math.isfinite(float(result[label][key])) for key in ("max_abs", "kl")):
+            raise FidelityError(
+                "logits are not finite",
+                where=f"{folder.name}, {label.replace('_', ' ')} settings",
+                found=result[label]["max_abs"],
+                code="E_NUMERICS",
+                fix="the model overflows in the runtime's precision: use a base in a wider range, or report this",
+            )
+    if float(result["full_precision"]["max_abs"]) > TOLERANCE:
         raise FidelityError(
             "logits differ from the dequantised reference at full precision",
             where=folder.name,
@@ -283,14 +295,15 @@ def _totals(linears: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "revived": sum(facts["revived"] for facts in masked),
         "sparsity": decimal(pruned / covered) if covered else "0.000000",
         "int4_linears": sum(1 for facts in linears.values() if facts.get("bits") == 4),
-        "differences": 0,
     }
 
 
 def _dtype_label(recipe: Recipe, layers: Plan) -> str:
     if any(layer.stored_group for layer in layers.layers) or recipe.compress.mode.startswith("int4"):
         return "int4"
-    return "int8" if recipe.compress.mode.startswith("int8") else "fp16"
+    if recipe.compress.mode.startswith("int8"):
+        return "int8"
+    return "fp32" if any(layer.stored == "f32" for layer in layers.layers) else "fp16"
 
 
 def _recipe_facts(recipe: Recipe) -> dict[str, Any]:

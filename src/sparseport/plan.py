@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sparseport.errors import BadInput, FidelityError, SparseportError, Unsupported
+from sparseport.errors import BadInput, EnvironmentProblem, FidelityError, SparseportError, Unsupported
 from sparseport.merge.layer import Merged, merge_layer
 from sparseport.recipe import Recipe
 from sparseport.sources import SPARSE_FROM, Sources
 from sparseport.weights.grouping import openvino_group_size
 from sparseport.weights.linear import DenseWeight, QuantizedWeight
 
-# What the frontend process (torch, transformers, optimum-intel and the traced graph) takes, measured.
-_FRONTEND_MIB = 520
+# What the frontend process (torch, transformers, optimum-intel and the traced graph) takes beside one matrix, measured.
+_FRONTEND_MIB = 450
+# The logit check holds the model in float32 twice: in torch, and compiled by OpenVINO; plus its libraries.
+_NUMERICS_MIB = 500
+_NUMERICS_BYTES_PER_WEIGHT = 8.5
+# NNCF holds the model it compresses and its result; plus its libraries.
+_NNCF_MIB = 600
+_NNCF_BYTES_PER_WEIGHT = 6
+# Buffers that old checkpoints stored although every implementation computes them.
+_COMPUTED = (".rotary_emb.inv_freq",)
 
 
 @dataclass(frozen=True)
@@ -28,7 +37,7 @@ class LayerPlan:
     group_size    columns per group in the source, or None
     stored_group  columns per group in the output, or None
     rank          active adapter rank, or None
-    refused       why this layer cannot be exported, or None
+    refusal       why this layer cannot be exported, or None
     """
 
     module: str
@@ -39,18 +48,28 @@ class LayerPlan:
     group_size: int | None = None
     stored_group: int | None = None
     rank: int | None = None
-    refused: str | None = None
+    refusal: SparseportError | None = None
+
+    @property
+    def refused(self) -> str | None:
+        """The refusal in one line."""
+        return None if self.refusal is None else str(self.refusal)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All layers, the other tensors, and what the export will need."""
+    """All layers, the other tensors, and what the export will need.
+
+    memory_mib           peak of the export without the logit check
+    numerics_memory_mib  peak of the logit check; 0 if it will not run
+    """
 
     layers: list[LayerPlan]
     tensors: list[str]
     output_bytes: int
     scratch_bytes: int
     memory_mib: int
+    numerics_memory_mib: int
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -60,12 +79,13 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """Plain data for `--json`."""
         return {
-            "layers": [vars(layer) for layer in self.layers],
+            "layers": [{**vars(layer), "refusal": layer.refused} for layer in self.layers],
             "tensors": self.tensors,
             "estimates": {
                 "output_mib": self.output_bytes >> 20,
                 "scratch_mib": self.scratch_bytes >> 20,
                 "memory_mib": self.memory_mib,
+                "numerics_memory_mib": self.numerics_memory_mib,
             },
             "refused": len(self.refusals),
             "notes": self.notes,
@@ -85,39 +105,73 @@ def make_plan(recipe: Recipe, sources: Sources) -> Plan:
         try:
             layers.append(_plan_layer(module, module in adapted, recipe, sources))
         except SparseportError as error:
-            shape = _shape(sources, module)
-            layers.append(LayerPlan(module, "none", shape, "?", "-", refused=str(error)))
+            layers.append(LayerPlan(module, "none", sources.shape(module), "?", "-", refusal=error))
     linear_tensors = {
         f"{layer.module}.{leaf}" for layer in layers for leaf in ("weight", "qweight", "qzeros", "scales", "g_idx")
     }
-    tensors = [name for name in sources.base.names() if name not in linear_tensors and not _is_tied_copy(name, sources)]
+    tensors = [
+        name
+        for name in sources.base.names()
+        if name not in linear_tensors and not _is_tied_copy(name, sources) and not name.endswith(_COMPUTED)
+    ]
     sizes = [_stored_bytes(layer) for layer in layers]
     other = sum(int(np.prod(sources.base.info(name).shape)) for name in tensors)
     other *= 4 if recipe.embedding == "fp32" else 2
-    largest = max([other, *(rows * cols for rows, cols in (layer.shape for layer in layers))], default=0)
+    weights = sum(rows * columns for rows, columns in (layer.shape for layer in layers)) + other // 2
+    matrices = [layer.shape for layer in layers] + [sources.base.info(name).shape for name in tensors]
+    largest = max(int(np.prod(shape)) for shape in matrices)
+    memory = _FRONTEND_MIB + (largest * 6 >> 20)
+    compressing = recipe.compress.mode != "none" or recipe.embedding == "int8"
+    if compressing:
+        memory = max(memory, _NNCF_MIB + int(weights * _NNCF_BYTES_PER_WEIGHT) // 2**20)
+    # NNCF starts from the floating-point IR, which lies on the disk beside the store and the result for a while.
+    floating = sum(2 * layer.shape[0] * layer.shape[1] for layer in layers if layer.group_size is None)
     return Plan(
         layers=layers,
         tensors=tensors,
         output_bytes=sum(sizes) + other,
-        scratch_bytes=sum(sizes) + other,
-        memory_mib=_FRONTEND_MIB + (largest * 14 >> 20),
+        scratch_bytes=sum(sizes) + other + (2 * (floating + other) if compressing else 0),
+        memory_mib=memory,
+        numerics_memory_mib=_NUMERICS_MIB + int(weights * _NUMERICS_BYTES_PER_WEIGHT) // 2**20
+        if recipe.numerics
+        else 0,
         notes=_notes(recipe, sources, layers),
     )
 
 
 def require_exportable(plan: Plan) -> None:
-    """Raise if the plan refuses a layer.
+    """Raise if the plan refuses a layer, or if the machine cannot hold the logit check.
 
     Raises:
-        Unsupported: names the first refused layer and its reason.
+        SparseportError: the refusal of the first layer, with the number of others.
+        EnvironmentProblem: less memory is free than the logit check needs.
     """
     if plan.refusals:
-        first = plan.refusals[0]
-        raise Unsupported(
-            f"{len(plan.refusals)} of {len(plan.layers)} layers cannot be exported; the first: {first.refused}",
-            where=first.module,
-            fix="`--dry-run` lists all of them",
+        first = plan.refusals[0].refusal
+        assert first is not None
+        if len(plan.refusals) > 1:
+            first.what += f" ({len(plan.refusals)} of {len(plan.layers)} layers are refused, `--dry-run` lists them)"
+        raise first
+    free = available_memory_mib()
+    if free is not None and plan.numerics_memory_mib > free:
+        raise EnvironmentProblem(
+            "not enough free memory to compare logits",
+            expected=f"about {plan.numerics_memory_mib} MiB",
+            found=f"{free} MiB",
+            fix="`--no-numerics` skips the comparison; the weights are proven all the same",
+            code="E_MEM",
         )
+
+
+def available_memory_mib() -> int | None:
+    """Memory that can be had without swapping, in MiB; None where the system does not say (not Linux)."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.is_file():
+        return None
+    for line in meminfo.read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) // 1024
+    return None
 
 
 def merge_planned(recipe: Recipe, sources: Sources, layer: LayerPlan) -> Merged:
@@ -129,6 +183,8 @@ def merge_planned(recipe: Recipe, sources: Sources, layer: LayerPlan) -> Merged:
         sparse = sources.sparse_dense(layer.module) if sources.mask_available(layer.module) else None
     else:
         base = sources.dense(layer.module, layer.rule)
+        if sources.mask_available(layer.module):
+            sparse = sources.sparse_dense(layer.module)
     branch = None if layer.rule == "carry" else sources.branch(layer.module)
     return merge_layer(
         layer.rule, base, branch, sparse, layer.module, rounding=recipe.rounding, mask_policy=recipe.mask_policy
@@ -136,7 +192,7 @@ def merge_planned(recipe: Recipe, sources: Sources, layer: LayerPlan) -> Merged:
 
 
 def _plan_layer(module: str, adapted: bool, recipe: Recipe, sources: Sources) -> LayerPlan:
-    shape = _shape(sources, module)
+    shape = sources.shape(module)
     quantized = sources.is_quantized(module)
     rank = None
     rule = "carry"
@@ -162,9 +218,39 @@ def _plan_layer(module: str, adapted: bool, recipe: Recipe, sources: Sources) ->
     dtype = sources.base.info(f"{module}.weight").dtype.name
     stored = "f16" if dtype == "float16" else "f32"
     if recipe.compress.mode != "none":
-        group_text = f" g{recipe.compress.group_size}" if recipe.compress.mode.startswith("int4") else ""
-        stored = f"nncf {recipe.compress.mode}{group_text}"
+        stored = f"nncf {recipe.compress.mode}"
+        if recipe.compress.mode.startswith("int4"):
+            stored += f" g{_compress_group(recipe.compress.group_size, shape[1], module)}"
     return LayerPlan(module, rule, shape, dtype, stored, rank=rank)
+
+
+def _compress_group(group_size: int, columns: int, module: str) -> int:
+    """The group size for NNCF, if this layer can have it.
+
+    Raises:
+        BadInput: it does not divide the layer's columns.
+        Unsupported: OpenVINO computes it wrongly.
+    """
+    group = columns if group_size == -1 else group_size
+    if columns % group:
+        raise BadInput(
+            "--compress-group-size does not divide the layer's input features",
+            where=module,
+            expected=f"a divisor of {columns}",
+            found=group,
+            fix="choose 32 or 64, or -1 for one group per row",
+            code="E_GROUP",
+        )
+    if openvino_group_size(group, columns, module) != group:
+        raise Unsupported(
+            "OpenVINO computes this group size wrongly",
+            where=module,
+            expected="8, 16, 32, a multiple of 64, or -1",
+            found=group,
+            fix="choose --compress-group-size 32 or 64",
+            code="E_GROUP",
+        )
+    return group
 
 
 def _rule(module: str, quantized: bool, sources: Sources) -> str:
@@ -202,6 +288,13 @@ def _rule(module: str, quantized: bool, sources: Sources) -> str:
             fix="train it with quantization_aware (QA-SparsePEFT), or merge into the floating-point base",
         )
     if adapter.sparse_adapter:
+        if sources.dense(module).mask is None:
+            raise BadInput(
+                "the adapter was trained on a sparse base, but this base layer has next to no zeros",
+                where=module,
+                fix="give the pruned model as --base",
+                code="E_PAIRING",
+            )
         return "sparse_peft"
     if sources.dense(module).mask is not None:
         raise FidelityError(
@@ -211,14 +304,6 @@ def _rule(module: str, quantized: bool, sources: Sources) -> str:
             fix="train with sparse_adapter (SparsePEFT) and merge with rule sparse_peft",
         )
     return "lora"
-
-
-def _shape(sources: Sources, module: str) -> tuple[int, int]:
-    if sources.is_quantized(module):
-        words, out = sources.base.info(f"{module}.qweight").shape
-        return int(out), int(words) * 8
-    rows, cols = sources.base.info(f"{module}.weight").shape
-    return int(rows), int(cols)
 
 
 def _is_tied_copy(name: str, sources: Sources) -> bool:
@@ -241,6 +326,12 @@ def _notes(recipe: Recipe, sources: Sources, layers: list[LayerPlan]) -> list[st
     notes = list(sources.base.warnings)
     if sources.sparse is not None:
         notes.extend(sources.sparse.warnings)
+    if sources.adapter is not None:
+        notes.extend(sources.adapter.warnings)
+        if sources.adapter.no_op():
+            notes.append("the adapter changes nothing: every lora_B is zero")
+    if computed := [name for name in sources.base.names() if name.endswith(_COMPUTED)]:
+        notes.append(f"{len(computed)} rotary frequency tensors are left out: the graph computes them from the config")
     split = [layer for layer in layers if layer.stored_group != layer.group_size]
     if split:
         first = split[0]

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sparseport.errors import EnvironmentProblem, OutputExists
+from sparseport.errors import EnvironmentProblem, OutputExists, UsageError
 
 TEMP_PREFIX = ".sparseport-tmp-"
 
@@ -29,6 +29,7 @@ def staged_output(output: Path, overwrite: bool = False, marker: str | None = No
             their files; an empty folder may always be replaced.
 
     Raises:
+        UsageError: the output's name is one that temporary folders have.
         OutputExists: `output` is there and may not be replaced, or another process is writing it.
         EnvironmentProblem: the parent is not a writable folder, or the disk fills up.
     """
@@ -37,17 +38,21 @@ def staged_output(output: Path, overwrite: bool = False, marker: str | None = No
         raise EnvironmentProblem("output is a dangling symbolic link", where=output, fix="choose another --output")
     output = output.resolve()
     parent = output.parent
+    if output.name.startswith(TEMP_PREFIX):
+        raise UsageError("this name is kept for temporary folders", where=output, fix="choose another --output")
     try:
         parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise EnvironmentProblem("cannot make the folder for the output", where=parent, found=error.strerror) from error
     if not os.access(parent, os.W_OK | os.X_OK):
         raise EnvironmentProblem("the output's folder is not writable", where=parent)
-    with _locked(parent / f"{TEMP_PREFIX}{output.name}.lock", output):
-        stage = parent / f"{TEMP_PREFIX}{output.name}"
-        aside = parent / f"{TEMP_PREFIX}{output.name}.old"
-        if aside.exists() and not output.exists():
-            aside.rename(output)  # a run was killed between its two renames: the old output is still whole
+    # The role comes before the name: with the name first, the stage of `m.old` would be what is set aside for `m`.
+    stage, aside, lock = (parent / f"{TEMP_PREFIX}{role}-{output.name}" for role in ("stage", "aside", "lock"))
+    with _locked(lock, output):
+        if aside.exists() and not output.exists() and (marker is None or (aside / marker).is_file()):
+            # A run was killed between its two renames: the old output is still whole. Without the marker it is what
+            # another killed run had begun to delete.
+            aside.rename(output)
         if output.exists() and not output.is_dir():
             raise OutputExists("output is a file, not a folder", where=output, fix="choose another --output")
         if output.exists() and not overwrite:

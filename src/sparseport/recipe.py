@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sparseport.errors import BadInput, UsageError
 from sparseport.weights.packing import ZeroPointStorage
@@ -42,11 +42,19 @@ class CompressionRecipe(_Strict):
     group_size: Annotated[int, AfterValidator(_group_size)] = Field(
         64, ge=-1, description="input columns per group (4-bit modes); -1: one group per row"
     )
-    awq: bool = Field(False, description="NNCF's AWQ")
     scale_estimation: bool = Field(False, description="NNCF's scale estimation (needs a dataset)")
     gptq: bool = Field(False, description="NNCF's GPTQ (needs a dataset; revives pruned weights)")
     dataset: Path | None = Field(None, description="text file, one sample a line, for the data-aware options")
     samples: int = Field(32, ge=1, description="samples taken from the dataset")
+
+    @model_validator(mode="after")
+    def _options_belong_together(self) -> CompressionRecipe:
+        four_bits = self.mode.startswith("int4")
+        if not four_bits and (self.scale_estimation or self.gptq or self.ratio != 1.0):
+            raise ValueError(f"ratio, scale_estimation and gptq belong to the 4-bit modes, not to mode {self.mode}")
+        if (self.scale_estimation or self.gptq) and self.dataset is None:
+            raise ValueError("scale_estimation and gptq need a dataset: a text file, one sample a line")
+        return self
 
 
 class Recipe(_Strict):

@@ -12,6 +12,7 @@ from rich.table import Table
 from sparseport.errors import printable as _printable
 from sparseport.pipeline import ExportResult
 from sparseport.plan import Plan
+from sparseport.verify.certificate import Certificate
 from sparseport.verify.folder import Verdict
 
 
@@ -37,6 +38,7 @@ def show_plan(plan: Plan) -> None:
     console.print(
         f"output {plan.output_bytes >> 20} MiB, scratch {plan.scratch_bytes >> 20} MiB on disk; "
         f"memory about {plan.memory_mib} MiB"
+        + (f", {plan.numerics_memory_mib} MiB while logits are compared" if plan.numerics_memory_mib else "")
     )
     for note in plan.notes:
         console.print(f"note: {printable(note)}")
@@ -55,12 +57,22 @@ def show_export(result: ExportResult) -> None:
             f"  sparsity {float(totals['sparsity']):.2%}: {totals['pruned']:,} pruned, "
             f"{totals['revived']:,} of them not zero"
         )
-    console.print("  read back from disk: 0 differences")
+    equal, total = read_back(result.certificate)
+    console.print(f"  read back from disk: {equal} of {total} layers equal")
     if result.certificate.body["numerics"]["run"]:
         show_numerics(result.certificate.body["numerics"])
     else:
         console.print("  logits: not compared (--no-numerics)")
     console.print(f"  proof again any time: sparseport verify {printable(result.folder)}")
+
+
+def read_back(certificate: Certificate) -> tuple[int, int]:
+    """How many linear layers stood on the disk as they were merged (or compressed), and how many layers there are."""
+    layers = certificate.linears.values()
+    equal = sum(
+        facts["readback"].get("openvino") == facts.get("compressed_sha256", facts["weight_sha256"]) for facts in layers
+    )
+    return equal, len(layers)
 
 
 def show_numerics(numerics: dict[str, Any]) -> None:
@@ -95,4 +107,8 @@ def show_demo(result: dict[str, Any]) -> None:
         f"codes that differ between training forward and merge: {result['code_differences']['different']} of "
         f"{result['code_differences']['codes']:,}"
     )
-    console.print(f"verify: {len(result['differences'])} differences; folder {printable(result['folder'])}")
+    found = result["verify"]
+    console.print(
+        f"verify: {len(found['differences'])} differences in {found['files']} files, {found['linears']} linear layers "
+        f"and {found['tensors']} other tensors; folder {printable(result['folder'])}"
+    )

@@ -105,6 +105,20 @@ class Sources:
         names = [name for name in self.base.names() if name.rpartition(".")[2] not in packed]
         return {name: self.base.read(name) for name in names if len(self.base.info(name).shape) < 2}
 
+    def release(self) -> None:
+        """Give the memory of weights read so far back to the system."""
+        for folder in (self.base, self.sparse, self.adapter):
+            if folder is not None:
+                folder.release()
+
+    def shape(self, module: str) -> tuple[int, int]:
+        """[out, in] of a linear layer of the base, from the header."""
+        if self.is_quantized(module):
+            words, out = self.base.info(f"{module}.qweight").shape
+            return int(out), int(words) * 8
+        rows, columns = self.base.info(f"{module}.weight").shape
+        return int(rows), int(columns)
+
     def facts(self) -> dict[str, Any]:
         """SHA-256 of every input file, by role, for the certificate."""
         roles = {"base": self.base, "sparse_base": self.sparse, "adapter": self.adapter}
@@ -127,7 +141,11 @@ def open_sources(recipe: Recipe) -> Sources:
         sparse = None
         if recipe.sparse_base is not None:
             sparse = stack.enter_context(ModelFolder.open(recipe.sparse_base, allow_pickle=recipe.allow_pickle))
+            sparse.check_layers()
             _check_same_shape(base, sparse)
+        sources = Sources(base, sparse, None, gptq, {}, stack)
+        if sparse is not None:
+            _check_layer_shapes(sources, sparse)
         adapter = None
         ranks: dict[str, int] = {}
         if recipe.adapter is not None:
@@ -155,6 +173,21 @@ def _check_same_shape(base: ModelFolder, sparse: ModelFolder) -> None:
                 where=sparse.path,
                 expected=base.config.get(key),
                 found=sparse.config.get(key),
+                code="E_PAIRING",
+            )
+
+
+def _check_layer_shapes(sources: Sources, sparse: ModelFolder) -> None:
+    for module in sources.base.linear_names():
+        name = f"{module}.weight"
+        found = sparse.info(name).shape if sparse.has(name) else None
+        if found != sources.shape(module):
+            raise BadInput(
+                "the sparse base does not have this layer, or has it in another shape",
+                where=f"{sparse.path}, tensor {name}",
+                expected=sources.shape(module),
+                found=found,
+                fix="give the sparse model that the base was made from",
                 code="E_PAIRING",
             )
 

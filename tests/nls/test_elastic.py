@@ -21,6 +21,7 @@ def _layer(method: str, dropout: float = 0.0) -> tuple[ElasticLinear, QuantizedW
     mask = dice.random((OUT, IN)) < 0.5
     weight = np.where(mask, dice.normal(size=(OUT, IN)), 0).astype(np.float32)
     base = torch.nn.Linear(IN, OUT, bias=True)
+    base.bias.data = torch.from_numpy(dice.normal(size=OUT).astype(np.float32))
     base.weight.data = torch.from_numpy(weight if method != "lora" else dice.normal(size=(OUT, IN)).astype(np.float32))
     quantized = quantize_rtn(weight, mask, group_size=32) if method == "qa_sparse_peft" else None
     layer = ElasticLinear(

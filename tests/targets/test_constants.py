@@ -30,7 +30,8 @@ def _skeleton(out: int, cols: int) -> Any:
 
     x = ops.parameter([-1, cols], np.float32, name="x")
     placeholder = ops.constant(np.zeros((out, cols), np.float16), name="placeholder")
-    y = ops.matmul(x, ops.convert(placeholder, "f32"), False, True)
+    convert = ops.convert(placeholder, "f32", name="convert")
+    y = ops.result(ops.matmul(x, convert, False, True, name="__module.layer/matmul"), name="y")
     return ov.Model([y], [x], "skeleton")
 
 

@@ -15,18 +15,20 @@ from sparseport.verify.certificate import FILE_NAME, SCHEMA, Certificate, canoni
 
 BODY = {
     "schema": 1,
-    "linears": {"model.q": {"shape": [2, 4], "rule": "carry"}},
-    "files": {"a.bin": {"size": 3}},
+    "linears": {"q": {"shape": [2, 4], "readback": {"openvino": "ab"}}},
+    "tensors": {},
+    "files": {"a.bin": {"size": 3, "sha256": "cd"}},
+    "numerics": {"kl": "1e-9"},
     "totals": {"sparsity": "0.500000", "revived": 0},
     "text": 'é\n"\\',
     "none": None,
     "run": False,
 }
-GOLDEN = (
-    b'{"certificate_sha256":"SEAL","files":{"a.bin":{"size":3}},"linears":{"model.q":{"rule":"carry","shape":[2,4]}},'
-    b'"none":null,"run":false,"schema":1,"text":"\\u00e9\\n\\"\\\\","totals":{"revived":0,"sparsity":"0.500000"}}\n'
+CANONICAL = (
+    b'{"files":{"a.bin":{"sha256":"cd","size":3}},"linears":{"q":{"readback":{"openvino":"ab"},"shape":[2,4]}},'
+    b'"none":null,"numerics":{"kl":"1e-9"},"run":false,"schema":1,"tensors":{},"text":"\\u00e9\\n\\"\\\\",'
+    b'"totals":{"revived":0,"sparsity":"0.500000"}}'
 )
-UNSEALED = GOLDEN.replace(b'"certificate_sha256":"SEAL",', b"").rstrip(b"\n")
 
 
 def put(folder: Path, data: bytes) -> Path:
@@ -35,15 +37,17 @@ def put(folder: Path, data: bytes) -> Path:
 
 
 def resealed(body):
-    return canonical({**body, "certificate_sha256": hashlib.sha256(canonical(body)).hexdigest()}) + b"\n"
+    return Certificate(body).sealed()
 
 
 def test_canonical_form_and_seal():
-    assert canonical(BODY) == UNSEALED
-    assert canonical(dict(reversed(BODY.items()))) == UNSEALED
-    seal = hashlib.sha256(UNSEALED).hexdigest()
-    assert seal == "c7491a317aaeb0c0a5514ce5689527b722d18249f926e0e2f637e82c58674013"
-    assert Certificate(BODY).sealed() == GOLDEN.replace(b"SEAL", seal.encode())
+    assert canonical(BODY) == CANONICAL
+    assert canonical(dict(reversed(BODY.items()))) == CANONICAL
+    # By hand: the proof is the digest without the measured logits, the seal that of all with the proof in its place.
+    proof = hashlib.sha256(CANONICAL.replace(b'"numerics":{"kl":"1e-9"},', b"")).hexdigest()
+    proven = CANONICAL.replace(b'"run"', b'"proof_sha256":"%s","run"' % proof.encode())
+    seal = hashlib.sha256(proven).hexdigest()
+    assert Certificate(BODY).sealed() == b'{"certificate_sha256":"%s",' % seal.encode() + proven[1:] + b"\n"
 
 
 def test_what_was_written_is_read(tmp_path):
@@ -87,7 +91,7 @@ def test_every_missing_or_extra_byte_is_found(tmp_path):
         lambda text: text.replace(b'"revived":0', b'"revived":NaN'),
         lambda text: text.replace(b'"revived":0', b'"revived":false'),
         lambda text: text.replace(b'"run":false', b'"run":0'),
-        lambda text: text.replace(b'"rule"', b'"r\\u0075le"'),
+        lambda text: text.replace(b'"shape"', b'"sh\\u0061pe"'),
         lambda text: b"\xef\xbb\xbf" + text,
         lambda text: text + text,
         lambda text: b"[" + text + b"]",
@@ -114,7 +118,7 @@ def test_other_spellings_are_refused(tmp_path, edit):
 )
 def test_any_body_of_integers_and_strings_comes_back(tmp_path_factory, value):
     folder = tmp_path_factory.mktemp("certificate")
-    body = {"schema": SCHEMA, "value": value}
+    body = {**BODY, "value": value}
     Certificate(body).write(folder)
     assert Certificate.read(folder).body == body
 
@@ -127,9 +131,7 @@ def test_floats_do_not_go_in(value, wrap):
 
 
 def test_a_float_with_a_right_looking_seal_is_refused(tmp_path):
-    body = b'{"schema":1,"value":0.5}'
-    seal = hashlib.sha256(body).hexdigest().encode()
-    data = b'{"certificate_sha256":"' + seal + b'",' + body[1:] + b"\n"
+    data = Certificate({**BODY, "value": "0.5"}).sealed().replace(b'"0.5"', b"0.5")
     with pytest.raises(VerificationError, match="no floats"):
         Certificate.read(put(tmp_path, data))
 
@@ -154,6 +156,24 @@ def test_a_schema_that_never_was_is_refused(tmp_path, schema):
         Certificate.read(put(tmp_path, resealed({**BODY, "schema": schema})))
     with pytest.raises(VerificationError, match="unknown schema"):
         Certificate.read(put(tmp_path, resealed({key: value for key, value in BODY.items() if key != "schema"})))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": None},
+        {"files": {}},
+        {"files": {"a.bin": {"sha256": "cd"}}},
+        {"linears": {"q": {"shape": [2, 4]}}},
+        {"linears": {"q": {"shape": [2, 4], "readback": {}}}},
+        {"tensors": {"norm": {"readback": {"openvino": "x"}}}},
+        {"totals": None},
+    ],
+)
+def test_a_resealed_certificate_without_its_parts_is_refused(tmp_path, change):
+    with pytest.raises(VerificationError) as caught:
+        Certificate.read(put(tmp_path, resealed({**BODY, **change})))
+    assert caught.value.exit_code == 5
 
 
 def test_file_facts(tmp_path):

@@ -204,6 +204,11 @@ class ModelFolder:
         """File name -> SHA-256 (hex) of every input file."""
         return {path.name: file_sha256(path) for path in self.input_files()}
 
+    def release(self) -> None:
+        """Give the memory of tensors read so far back to the system."""
+        for file in self._weights.files:
+            file.release()
+
     def close(self) -> None:
         self._weights.close()
 

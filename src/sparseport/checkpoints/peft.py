@@ -200,6 +200,10 @@ class AdapterFolder:
         """File name -> SHA-256 (hex)."""
         return {path.name: file_sha256(path) for path in self.input_files()}
 
+    def release(self) -> None:
+        """Give the memory of tensors read so far back to the system."""
+        self._file.release()
+
     def close(self) -> None:
         self._file.close()
         if self._temporary is not None:

@@ -115,6 +115,14 @@ class SafeTensorsFile:
         """SHA-256 of the whole file as lowercase hex."""
         return file_sha256(self.path)
 
+    def release(self) -> None:
+        """Give the pages read so far back to the system; they are read again from the file when needed.
+
+        Mapped pages count as the process's memory until then. Arrays that were read stay valid.
+        """
+        if self._mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._mapping.madvise(mmap.MADV_DONTNEED)
+
     def close(self) -> None:
         """Release the map. Arrays that were read stay valid: the map then goes with the last of them."""
         mapping, self._mapping = self._mapping, None

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sparseport.errors import FidelityError
+from sparseport.errors import BadInput, FidelityError
 from sparseport.merge.dense import merge_lora, merge_sparse_peft
 from sparseport.merge.qa_sparse_peft import merge_qa_sparse_peft
 from sparseport.weights.linear import DenseWeight, LowRankBranch, Mask, QuantizedWeight
@@ -54,6 +54,10 @@ def merge_layer(
         BadInput: the inputs do not fit each other.
         FidelityError: the result would break the mask.
     """
+    if isinstance(base, DenseWeight):
+        _check_finite(base, where)
+    if isinstance(base, DenseWeight) and sparse is not None:
+        _check_same_values(base, sparse, where)
     if rule == "carry":
         return _carry(base, sparse.mask if sparse is not None else base.mask, where, mask_policy)
     assert branch is not None
@@ -64,8 +68,37 @@ def merge_layer(
     if rule == "lora":
         return Merged(merge_lora(base, branch, where))
     if rule == "sparse_peft":
-        return Merged(merge_sparse_peft(base, branch, where))
+        # The base itself first: a mask that was given apart may find weights that it prunes.
+        pruned = _carry(base, base.mask, where, mask_policy)
+        assert isinstance(pruned.weight, DenseWeight)
+        merged = merge_sparse_peft(pruned.weight, branch, where)
+        return Merged(merged, re_pruned=pruned.re_pruned or pruned.revived)
     raise ValueError(f"no such merge rule: {rule}")
+
+
+def _check_finite(base: DenseWeight, where: str) -> None:
+    bad = ~np.isfinite(base.values.astype(np.float32))
+    if bad.any():
+        row, column = (int(i) for i in np.argwhere(bad)[0])
+        raise BadInput(
+            "base weight holds NaN or Inf",
+            where=f"{where}, row {row}, column {column}",
+            found=f"{int(bad.sum())} values",
+            fix="download or train the base again",
+            code="E_NAN",
+        )
+
+
+def _check_same_values(base: DenseWeight, sparse: DenseWeight, where: str) -> None:
+    """A sparse base beside a floating-point base must be the same model: equal wherever it keeps a weight."""
+    assert sparse.mask is not None
+    if base.shape != sparse.shape or not np.array_equal(base.values[sparse.mask], sparse.values[sparse.mask]):
+        raise BadInput(
+            "base and sparse base hold other values where both keep a weight",
+            where=where,
+            fix="give the sparse base alone as --base, or the one that was pruned from this base",
+            code="E_PAIRING",
+        )
 
 
 def _carry(base: QuantizedWeight | DenseWeight, mask: Mask | None, where: str, mask_policy: str) -> Merged:

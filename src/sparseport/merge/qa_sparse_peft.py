@@ -17,7 +17,7 @@ from sparseport.weights.rounding import RoundingRule, dequantize, quantize_to_gr
 # inside what another model, or another sparsity of the same model, looks like.
 _MEDIAN_DISTANCE_LIMIT = 1.0
 _LARGE_AT_ZERO_LIMIT = 0.05
-_PRUNED_OFF_ZERO_LIMIT = 0.20
+_PRUNED_OFF_ZERO_LIMIT = 0.08
 _SAMPLE_ROWS = 64
 
 

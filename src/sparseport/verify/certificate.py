@@ -1,7 +1,11 @@
 """The certificate `sparseport.json`: what went in, what each weight became, what stands on disk.
 
-It is canonical JSON (sorted keys, no white space, ASCII, integers and strings only: real numbers are decimal strings)
-and carries its own SHA-256, so that a changed bit in the certificate is found like one in any other file.
+It is canonical JSON (sorted keys, no white space, ASCII, no floats: real numbers are decimal strings) and carries its
+own SHA-256, so that a changed bit in the certificate is found like one in any other file. The seal is no signature:
+whoever may write the folder may write a new one. To be sure of a copy, compare the seal with the sender's.
+
+`proof_sha256` covers everything but the measured logits, which differ in their last digits from machine to machine: the
+same inputs and versions give the same proof everywhere.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from sparseport.errors import SparseportError, Unsupported, VerificationError
 FILE_NAME = "sparseport.json"
 SCHEMA = 1
 _SEAL = "certificate_sha256"
+_PROOF = "proof_sha256"
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,11 @@ class Certificate:
         return dict(self.body["linears"])
 
     @property
+    def tensors(self) -> dict[str, dict[str, Any]]:
+        """Per other tensor (embedding, head, norms, biases): shape, dtype, what storing it changed, digests."""
+        return dict(self.body["tensors"])
+
+    @property
     def files(self) -> dict[str, dict[str, Any]]:
         """Per output file: size in bytes and SHA-256."""
         return dict(self.body["files"])
@@ -43,8 +53,12 @@ class Certificate:
 
     def sealed(self) -> bytes:
         """The file's bytes: canonical JSON with the seal, and a newline."""
-        seal = hashlib.sha256(canonical(self.body)).hexdigest()
-        return canonical({**self.body, _SEAL: seal}) + b"\n"
+        proven = {**self.body, _PROOF: self.proof()}
+        return canonical({**proven, _SEAL: hashlib.sha256(canonical(proven)).hexdigest()}) + b"\n"
+
+    def proof(self) -> str:
+        """SHA-256 of the body without the measured logits."""
+        return hashlib.sha256(canonical({key: self.body[key] for key in self.body if key != "numerics"})).hexdigest()
 
     def write(self, folder: Path) -> None:
         """Write the certificate into `folder`."""
@@ -72,6 +86,7 @@ class Certificate:
             reason = error.what if isinstance(error, SparseportError) else error.strerror
             raise VerificationError("the certificate is damaged", where=path, found=reason) from error
         data.pop(_SEAL, None)
+        data.pop(_PROOF, None)
         certificate = Certificate(data)
         try:
             sealed = certificate.sealed()
@@ -94,7 +109,28 @@ class Certificate:
             )
         if type(schema) is not int or schema != SCHEMA:
             raise VerificationError("the certificate has an unknown schema", where=path, expected=SCHEMA, found=schema)
+        _check_structure(data, path)
         return certificate
+
+
+def _check_structure(data: dict[str, Any], path: Path) -> None:
+    """What verification relies on must be there, even in a certificate that somebody sealed anew.
+
+    Raises:
+        VerificationError: a part is missing or of another type.
+    """
+    needed = {"files": ("sha256", "size"), "linears": ("shape", "readback"), "tensors": ("shape", "readback")}
+    for part, keys in needed.items():
+        entries = data.get(part)
+        if not isinstance(entries, dict):
+            raise VerificationError("the certificate lacks a part", where=path, expected=part)
+        for name, facts in entries.items():
+            if not isinstance(facts, dict) or any(key not in facts for key in keys):
+                raise VerificationError("the certificate's entry is incomplete", where=f"{path}, {name}", expected=keys)
+            if part != "files" and "openvino" not in facts["readback"]:
+                raise VerificationError("the certificate has no read-back of this weight", where=f"{path}, {name}")
+    if not data["files"] or not isinstance(data.get("totals"), dict):
+        raise VerificationError("the certificate lacks a part", where=path, expected="files and totals")
 
 
 def canonical(data: dict[str, Any]) -> bytes:

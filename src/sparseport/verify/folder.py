@@ -9,7 +9,7 @@ from typing import Any
 
 from sparseport.errors import SparseportError, VerificationError
 from sparseport.targets.openvino import readback
-from sparseport.verify.bits import digest_linears, digest_tensors
+from sparseport.verify.bits import digest_graph
 from sparseport.verify.certificate import FILE_NAME, Certificate, file_facts
 
 
@@ -72,31 +72,25 @@ def verify(folder: Path | str, strict: bool = True, on_step: Callable[[], None] 
         differences.extend(f"{name}: not in the certificate" for name in sorted(extra - set(known) - {FILE_NAME}))
     if not any(name.startswith("openvino_model.") and "missing" in name for name in differences):
         differences.extend(_weight_differences(folder / "openvino_model.xml", certificate, on_step))
-    return Verdict(
-        folder, len(known), len(certificate.linears), len(certificate.body["tensors"]), differences, certificate
-    )
+    return Verdict(folder, len(known), len(certificate.linears), len(certificate.tensors), differences, certificate)
 
 
 def _weight_differences(xml: Path, certificate: Certificate, on_step: Callable[[], None]) -> list[str]:
-    found: list[str] = []
+    certified = {"weight": certificate.linears, "tensor": certificate.tensors}
     try:
-        model = readback.read_model(xml)
-        linears = digest_linears(model, certificate.linears, on_step)
-        tensors = digest_tensors(model, certificate.body["tensors"])
+        found = digest_graph(readback.read_model(xml), certified["weight"], certified["tensor"], on_step)
     except SparseportError as error:
         return [f"openvino_model.xml: {error.what}{f' ({error.where})' if error.where else ''}"]
-    except (RuntimeError, ValueError) as error:
-        return [f"openvino_model.xml: cannot be read back ({str(error).splitlines()[0]})"]
-    for kind, got, certified in (
-        ("weight", linears, certificate.linears),
-        ("tensor", tensors, certificate.body["tensors"]),
-    ):
-        for name in sorted(certified):
-            if name not in got:
-                found.append(f"openvino_model: {kind} {name} is not in the graph")
-            elif got[name] != certified[name]["readback"]["openvino"]:
-                found.append(f"openvino_model.bin: {kind} {name} changed")
-    return found
+    except Exception as error:  # a damaged graph can fail anywhere in the reader: that is a difference, not a bug
+        return [f"openvino_model.xml: cannot be read back ({type(error).__name__}: {str(error).splitlines()[:1]})"]
+    differences = [f"openvino_model.xml: matrix {name} is used but not certified" for name in found.unproven]
+    for kind, digests in (("weight", found.linears), ("tensor", found.tensors)):
+        for name, facts in sorted(certified[kind].items()):
+            if name not in digests:
+                differences.append(f"openvino_model: {kind} {name} is not in the graph")
+            elif digests[name] != facts["readback"]["openvino"]:
+                differences.append(f"openvino_model.bin: {kind} {name} changed")
+    return differences
 
 
 def require(verdict: Verdict) -> None:

@@ -12,6 +12,9 @@ import numpy as np
 
 from sparseport.weights.linear import Array, DenseWeight, Mask, QuantizedWeight
 
+# Elements converted at a time, so that a large embedding is never copied whole.
+_BLOCK = 1 << 20
+
 
 def digest(weight: DenseWeight | QuantizedWeight) -> str:
     """SHA-256 (hex) of the weight's values; the mask is digested apart, by `mask_digest`."""
@@ -32,6 +35,16 @@ def array_digest(values: Array) -> str:
     shape = "x".join(str(n) for n in values.shape)
     sha = hashlib.sha256(f"dense {shape} {values.dtype.name}\n".encode("ascii"))
     sha.update(_canonical_bytes(values))
+    return sha.hexdigest()
+
+
+def value_digest(values: Array) -> str:
+    """SHA-256 (hex) of a tensor's numbers, whatever float dtype holds them: all are exact in float32."""
+    shape = "x".join(str(n) for n in values.shape)
+    sha = hashlib.sha256(f"values {shape}\n".encode("ascii"))
+    flat = values.reshape(-1)
+    for start in range(0, flat.size, _BLOCK):
+        sha.update(_canonical_bytes(flat[start : start + _BLOCK].astype(np.float32)))
     return sha.hexdigest()
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sparseport.errors import FidelityError
+from sparseport.errors import BadInput, FidelityError
 from sparseport.targets.openvino.store import Block, StoredDense, StoredQuantized, WeightStore
 
 
@@ -62,6 +62,13 @@ def swap_constants(
             # Small tensors are in place already; they only take their checkpoint name, by which read-back finds them.
             if placeholder not in nodes:
                 raise FidelityError("the graph has no place for this tensor", where=tensor_name)
+            if len(_squeezed(nodes[placeholder].get_output_shape(0))) >= 2:
+                raise BadInput(
+                    "the model needs a tensor that the checkpoint does not hold",
+                    where=tensor_name,
+                    fix="check that config.json belongs to the weights, and that no shard is missing",
+                    code="E_TENSOR",
+                )
             nodes[placeholder].set_friendly_name(tensor_name)
     model.validate_nodes_and_infer_types()
     return alive

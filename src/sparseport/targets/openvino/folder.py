@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-from sparseport.checkpoints.json_files import read_json
+from sparseport.checkpoints.json_files import read_json, write_json
 from sparseport.checkpoints.paths import bare_file
 from sparseport.targets.openvino.tokenizer import TOKENIZER_FILES
 
 # Keys of config.json that describe how the source was stored, or that could make a loader run code.
 _DROPPED = ("quantization_config", "auto_map", "_name_or_path", "_attn_implementation_internal")
+
+# Tokenizer files in which a library writes where it found things on the machine that saved them.
+_WITH_PATHS = ("tokenizer_config.json", "special_tokens_map.json")
+_PATH_KEYS = (
+    "name_or_path",
+    "_name_or_path",
+    "special_tokens_map_file",
+    "tokenizer_file",
+    "vocab_file",
+    "merges_file",
+)
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def write_config(config: dict[str, Any], folder: Path) -> None:
@@ -37,13 +50,46 @@ def write_generation_config(base: Path, config: dict[str, Any], folder: Path) ->
 
 
 def copy_tokenizer_files(base: Path, folder: Path) -> list[str]:
-    """Copy the tokenizer's own files; returns their names."""
+    """Copy the tokenizer's own files; returns their names.
+
+    Paths of the machine that saved the tokenizer, and references to code (`auto_map`), are left out; a file without any
+    is copied byte for byte.
+
+    Raises:
+        BadInput: a file is missing behind a link, leaves the folder, or is not valid JSON.
+    """
     copied = []
     for name in TOKENIZER_FILES:
         if (base / name).exists():
-            shutil.copyfile(bare_file(base, name, "tokenizer file"), folder / name)
+            source = bare_file(base, name, "tokenizer file")
+            data = read_json(source, what=name) if name in _WITH_PATHS else None
+            kept = _without_traces(data)
+            if kept == data:
+                shutil.copyfile(source, folder / name)
+            else:
+                write_json(folder / name, kept)
             copied.append(name)
     return copied
+
+
+def _without_traces(value: Any) -> Any:
+    """JSON data without `auto_map`, and without the keys of `_PATH_KEYS` whose value is a path, at every depth."""
+    if isinstance(value, list):
+        return [_without_traces(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: _without_traces(item)
+        for key, item in value.items()
+        if key != "auto_map" and not (key in _PATH_KEYS and _is_path(key, item))
+    }
+
+
+def _is_path(key: str, value: object) -> bool:
+    """Whether a text leads through folders; `owner/name` is a model's name on a hub where a name is allowed."""
+    if not isinstance(value, str) or (key.endswith("name_or_path") and _HUB_NAME.fullmatch(value)):
+        return False
+    return any(separator in value for separator in "/\\") or value.startswith("~") or value[1:2] == ":"
 
 
 def write_openvino_config(folder: Path, dtype: str) -> None:

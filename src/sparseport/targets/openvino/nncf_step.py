@@ -18,7 +18,6 @@ def compress(
     mode: str,
     ratio: float,
     group_size: int,
-    awq: bool,
     scale_estimation: bool,
     gptq: bool,
     dataset: str | None,
@@ -36,7 +35,6 @@ def compress(
         mode: NNCF mode of the linear layers, or `none`.
         ratio: share of layers in 4 bits.
         group_size: columns per group in 4 bits.
-        awq: NNCF's AWQ.
         scale_estimation: NNCF's scale estimation.
         gptq: NNCF's GPTQ.
         dataset: text file for the data-aware options.
@@ -59,7 +57,6 @@ def compress(
             options = {
                 "ratio": ratio,
                 "group_size": group_size,
-                "awq": awq or None,
                 "gptq": gptq or None,
                 "scale_estimation": scale_estimation or None,
                 "all_layers": False,

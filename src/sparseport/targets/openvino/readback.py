@@ -24,13 +24,13 @@ class ReadBack:
     name          module name for `<module>.codes`, else the tensor's own name (`<module>.weight`)
     weight        the values; a quantised one has uint8 codes whatever the stored type was
     element_type  OpenVINO's name of the stored type
-    users         how many linear layers or look-ups use it
+    places        names of the operations that use it: linear layers, look-ups, and for small tensors any operation
     """
 
     name: str
     weight: QuantizedWeight | DenseWeight
     element_type: str
-    users: int
+    places: tuple[str, ...]
 
 
 def read_model(xml: Path) -> Any:
@@ -54,16 +54,43 @@ def weights(model: Any) -> Iterator[ReadBack]:
 
     Ours are `<module>.codes` (with zero-points and scales around them) and `<tensor name>` for floating point; NNCF
     keeps the tensor name on its integer codes.
+
+    Raises:
+        VerificationError: a name comes twice, or a weight is used by something that no layer of a model does with it.
     """
+    seen: set[str] = set()
     for op in model.get_ordered_ops():
         name = op.get_friendly_name()
         if op.get_type_name() != "Constant" or not name.endswith((".codes", ".weight", ".bias")):
             continue
+        if name in seen:
+            raise VerificationError("two constants have one name", where=name)
+        seen.add(name)
         kind = op.get_element_type().to_string()
         if kind in ("u4", "i4", "u8", "i8"):
             yield _read_quantized(op, kind)
-        elif users := _users_past(op, ("Convert",)):
-            yield ReadBack(name, DenseWeight(op.get_data()), kind, len(users))
+        elif inputs := _inputs_past(op, ("Convert",)):
+            if _is_matrix(op):
+                _check_matrix_use(inputs, name)
+            yield ReadBack(name, DenseWeight(op.get_data()), kind, _names(inputs))
+
+
+def unnamed_matrices(model: Any, named: set[str]) -> list[str]:
+    """Constants that feed a linear layer or a look-up without being one of the `named` weights.
+
+    A weight that no certificate knows would go unproven; in a whole export this list is empty.
+    """
+    found = set()
+    for op in model.get_ordered_ops():
+        sides = {"MatMul": (0, 1), "Gather": (0,)}.get(op.get_type_name(), ())
+        for side in sides:
+            leaves = _constant_leaves(op.input_value(side).get_node())
+            # A rotary table is one vector; only a matrix of two real dimensions is a weight.
+            if leaves and any(_is_matrix(leaf) for leaf in leaves):
+                names = {leaf.get_friendly_name().removesuffix(".codes") for leaf in leaves}
+                if not names & named:
+                    found.add(sorted(names)[0])
+    return sorted(found)
 
 
 def _read_quantized(node: Any, kind: str) -> ReadBack:
@@ -87,9 +114,8 @@ def _read_quantized(node: Any, kind: str) -> ReadBack:
         raise VerificationError("unsigned codes without zero-points", where=module)
     scales_node = _expect(_expect(user, "Multiply", module).input_value(1).get_node(), "Constant", module)
     scales = np.array(scales_node.get_data())
-    users = _users_past(user, ("Reshape", "Convert"))
-    if not users or any(each.get_type_name() not in ("MatMul", "Gather") for each in users):
-        raise VerificationError("quantised weight does not feed a linear layer or a look-up", where=module)
+    inputs = _inputs_past(user, ("Reshape", "Convert"))
+    _check_matrix_use(inputs, module)
     out = shape[0]
     columns = int(np.prod(shape[1:]))
     narrow = (out, scales.size // out)
@@ -100,19 +126,46 @@ def _read_quantized(node: Any, kind: str) -> ReadBack:
         zero_points=middle if zero_points is None else np.broadcast_to(zero_points.reshape(out, -1), narrow),
         group_size=columns // narrow[1],
         bits=bits,
-        input_order=_input_order(users[0], module),
+        input_order=_input_order(inputs, module),
     )
-    return ReadBack(module if name.endswith(".codes") else name, weight, kind, len(users))
+    return ReadBack(module if name.endswith(".codes") else name, weight, kind, _names(inputs))
 
 
-def _input_order(matmul: Any, module: str) -> Any:
-    source = matmul.input_value(0).get_node()
-    if source.get_type_name() != "Gather":
-        return None
-    order = source.input_value(1).get_node()
-    if order.get_friendly_name() != f"{module}.input_order":
-        return None
-    return np.array(order.get_data())
+def _check_matrix_use(inputs: list[Any], name: str) -> None:
+    """A matrix may only be the transposed right side of a linear layer, or the table of a look-up.
+
+    Raises:
+        VerificationError: it is used in another way, or not at all.
+    """
+    if not inputs:
+        raise VerificationError("weight is not used", where=name)
+    for place in inputs:
+        op = place.get_node()
+        kind = op.get_type_name()
+        if kind == "Gather" and place.get_index() == 0:
+            continue
+        if kind != "MatMul" or place.get_index() != 1 or not op.get_attributes()["transpose_b"]:
+            raise VerificationError(
+                "weight does not feed a linear layer or a look-up", where=name, found=f"{kind} {op.get_friendly_name()}"
+            )
+
+
+def _input_order(inputs: list[Any], module: str) -> Any:
+    """The act-order permutation in front of every linear layer that uses this weight, or None."""
+    orders: list[Any] = []
+    for place in inputs:
+        source = place.get_node().input_value(0).get_node()
+        order = source.input_value(1).get_node() if source.get_type_name() == "Gather" else None
+        if order is None or order.get_friendly_name() != f"{module}.input_order":
+            orders.append(None)
+            continue
+        axis = int(source.input_value(2).get_node().get_data())
+        if axis not in (-1, len(source.get_output_partial_shape(0)) - 1):
+            raise VerificationError("act-order permutes another axis than the columns", where=module, found=axis)
+        orders.append(np.array(order.get_data()))
+    if any((order is None) != (orders[0] is None) for order in orders):
+        raise VerificationError("act-order is applied to some uses only", where=module)
+    return orders[0]
 
 
 def _integers_of(node: Any) -> U8:
@@ -133,12 +186,36 @@ def _only_user(node: Any, module: str) -> Any:
     return users[0]
 
 
-def _users_past(node: Any, kinds: tuple[str, ...]) -> list[Any]:
+def _inputs_past(node: Any, kinds: tuple[str, ...]) -> list[Any]:
+    """Inputs that a node feeds, looking through operations of the given kinds; sorted by name."""
     found: list[Any] = []
     for target in node.output(0).get_target_inputs():
         user = target.get_node()
-        found.extend(_users_past(user, kinds) if user.get_type_name() in kinds else [user])
-    return found
+        found.extend(_inputs_past(user, kinds) if user.get_type_name() in kinds else [target])
+    return sorted(found, key=lambda place: (place.get_node().get_friendly_name(), place.get_index()))
+
+
+def _names(inputs: list[Any]) -> tuple[str, ...]:
+    return tuple(place.get_node().get_friendly_name() for place in inputs)
+
+
+def _is_matrix(node: Any) -> bool:
+    return sum(1 for length in node.get_output_shape(0) if int(length) != 1) >= 2
+
+
+def _constant_leaves(node: Any) -> list[Any]:
+    """The constants below a node, if there is nothing but arithmetic on constants; otherwise an empty list."""
+    if node.get_type_name() == "Constant":
+        return [node]
+    if node.get_type_name() not in ("Convert", "Subtract", "Multiply", "Reshape", "Transpose"):
+        return []
+    leaves: list[Any] = []
+    for index in range(node.get_input_size()):
+        below = _constant_leaves(node.input_value(index).get_node())
+        if not below:
+            return []
+        leaves.extend(below)
+    return leaves
 
 
 def _expect(node: Any, kind: str, module: str) -> Any:

@@ -70,8 +70,9 @@ class WeightStore:
         self.close()
 
     def close(self) -> None:
-        """Flush and close the file; views handed out by `view` stay valid."""
+        """Close the file and let go of the memory map; views handed out by `view` stay valid."""
         self._file.close()
+        self._map = None
 
     def add_dense(self, values: Array) -> StoredDense:
         """Append a tensor as it is; bfloat16 is widened to f32, which is exact and which the CPU plugin can fuse."""

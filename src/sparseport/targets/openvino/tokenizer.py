@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sparseport.errors import BadInput, FidelityError
+from sparseport.targets.openvino.trace import load_config
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -25,11 +26,17 @@ ROUND_TRIP_SAMPLES = (
 )
 
 
-def convert_tokenizer_folder(source: Path, output: Path) -> None:
+def convert_tokenizer_folder(source: Path, output: Path, vocab_size: int | None = None) -> None:
     """Write `openvino_tokenizer.xml/.bin` and `openvino_detokenizer.xml/.bin` for the tokenizer in `source`.
 
+    Args:
+        source: folder with the tokenizer's files.
+        output: folder to write into.
+        vocab_size: rows of the model's embedding; None takes it from the config.json in `source`.
+
     Raises:
-        BadInput: there is no tokenizer in `source`, or it cannot be loaded or converted.
+        BadInput: there is no tokenizer in `source`, it cannot be loaded or converted, or it gives ids that the model
+            does not have.
         FidelityError: the converted tokenizer gives other ids or other text than the original.
     """
     import openvino as ov
@@ -47,6 +54,18 @@ def convert_tokenizer_folder(source: Path, output: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(source)
         tokenizer.padding_side = "left"
         tokenizer.truncation_side = "left"
+    except Exception as error:
+        raise BadInput(
+            "the tokenizer cannot be loaded",
+            where=source.name,
+            found=f"{type(error).__name__}: {error}",
+            code="E_TOKENIZER",
+            fix="mend the tokenizer, or give --no-tokenizer",
+        ) from error
+    if vocab_size is None:
+        vocab_size = load_config(source / "config.json").get_text_config().vocab_size
+    check_ids(tokenizer.get_vocab(), vocab_size, source.name)
+    try:
         encoder, decoder = convert_tokenizer(tokenizer, with_detokenizer=True)
     except Exception as error:
         raise BadInput(
@@ -59,6 +78,32 @@ def convert_tokenizer_folder(source: Path, output: Path) -> None:
     _check_round_trip(tokenizer, encoder, decoder, source.name)
     ov.save_model(encoder, output / "openvino_tokenizer.xml", compress_to_fp16=False)
     ov.save_model(decoder, output / "openvino_detokenizer.xml", compress_to_fp16=False)
+
+
+def check_ids(vocabulary: dict[str, int], vocab_size: int, where: str) -> None:
+    """Refuse a tokenizer with ids beyond the embedding: the model would fail, or read past it, at the first such token.
+
+    Args:
+        vocabulary: token -> id, added tokens included. It may have fewer ids than the embedding has rows.
+        vocab_size: rows of the model's embedding.
+        where: the tokenizer's folder, for the message.
+
+    Raises:
+        BadInput: the largest id is `vocab_size` or more.
+    """
+    if not vocabulary:
+        raise BadInput("the tokenizer has no tokens", where=where, code="E_TOKENIZER")
+    token, largest = max(vocabulary.items(), key=lambda item: item[1])
+    if largest >= vocab_size:
+        beyond = sum(index >= vocab_size for index in vocabulary.values())
+        raise BadInput(
+            f"the tokenizer gives ids that the model does not have ({beyond} tokens)",
+            where=where,
+            expected=f"ids below {vocab_size}, the vocab_size of config.json",
+            found=f"{token!r} with id {largest}",
+            code="E_TOKENIZER",
+            fix="use the tokenizer that the model was trained with, remove the added tokens, or give --no-tokenizer",
+        )
 
 
 def _check_round_trip(tokenizer: object, encoder: object, decoder: object, where: str) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from sparseport.checkpoints.safetensors import spec_of, write_safetensors
 from sparseport.child import Child
-from sparseport.errors import BadInput
+from sparseport.errors import BadInput, Unsupported
 from sparseport.targets.openvino.constants import swap_constants
 from sparseport.targets.openvino.folder import (
     copy_tokenizer_files,
@@ -23,6 +23,8 @@ from sparseport.weights.grouping import regroup
 from sparseport.weights.linear import Array, DenseWeight, QuantizedWeight
 
 XML = "openvino_model.xml"
+# Rows converted at a time, so that a large embedding is never copied whole.
+_ROWS = 1024
 
 
 class OpenVinoWriter:
@@ -56,6 +58,8 @@ class OpenVinoWriter:
         self.folder = folder
         self.scratch = scratch
         self.versions: dict[str, str] = {}
+        self.left_out: list[str] = []
+        self._small = dict(small)
         write_config(config, folder)
         write_generation_config(base, config, folder)
         if tokenizer:
@@ -99,6 +103,7 @@ class OpenVinoWriter:
 
         answer = self._child.result()
         self.versions = answer["versions"]
+        self._check_small(answer["constants"])
         skeleton = self.scratch / "skeleton"
         model = ov.Core().read_model(skeleton / XML)
         alive = swap_constants(model, answer["constants"], self._stored, self._store)
@@ -108,6 +113,26 @@ class OpenVinoWriter:
             if path.name.startswith(("openvino_tokenizer", "openvino_detokenizer")):
                 path.rename(self.folder / path.name)
         write_openvino_config(self.folder, dtype)
+
+    def _check_small(self, constants: dict[str, str]) -> None:
+        """Every small tensor of the checkpoint has a place in the graph, or changes nothing.
+
+        AutoGPTQ writes a bias of zeros for layers that have none; such a tensor is left out, with a note.
+
+        Raises:
+            Unsupported: the graph has no place for a tensor that is not all zeros.
+        """
+        for name, values in self._small.items():
+            if name in constants:
+                continue
+            if name.endswith(".bias") and not values.any():
+                self.left_out.append(name)
+                continue
+            raise Unsupported(
+                "the model has no place for this tensor",
+                where=name,
+                fix="check that config.json belongs to the weights",
+            )
 
 
 def as_stored(values: Array, precision: str, name: str) -> tuple[Array, int]:
@@ -121,18 +146,28 @@ def as_stored(values: Array, precision: str, name: str) -> tuple[Array, int]:
     Raises:
         BadInput: a value is not finite, or overflows float16.
     """
-    wide = values.astype(np.float32)
-    if not np.isfinite(wide).all():
-        raise BadInput("tensor holds NaN or Inf", where=name, code="E_NAN")
-    if precision == "fp32":
-        return wide, 0
-    if values.dtype == np.float16:
-        return values, 0
-    with np.errstate(over="ignore", under="ignore"):
-        half = wide.astype(np.float16)
-    if not np.isfinite(half).all():
-        raise BadInput("tensor overflows float16", where=name, fix="give --embedding fp32", code="E_OVERFLOW")
-    return half, int(np.count_nonzero(half.astype(np.float32) != wide))
+    if values.dtype == np.float16 or precision == "fp32":
+        stored = values if values.dtype == np.float16 and precision != "fp32" else values.astype(np.float32)
+        _check_finite(stored, name)
+        return stored, 0
+    stored = np.empty(values.shape, np.float16)
+    changed = 0
+    for start in range(0, values.shape[0], _ROWS):
+        rows = slice(start, start + _ROWS)
+        wide = values[rows].astype(np.float32)
+        _check_finite(wide, name)
+        with np.errstate(over="ignore", under="ignore"):
+            stored[rows] = wide.astype(np.float16)
+        if not np.isfinite(stored[rows]).all():
+            raise BadInput("tensor overflows float16", where=name, fix="give --embedding fp32", code="E_OVERFLOW")
+        changed += int(np.count_nonzero(stored[rows].astype(np.float32) != wide))
+    return stored, changed
+
+
+def _check_finite(values: Array, name: str) -> None:
+    for start in range(0, values.shape[0], _ROWS):
+        if not np.isfinite(values[start : start + _ROWS].astype(np.float32)).all():
+            raise BadInput("tensor holds NaN or Inf", where=name, code="E_NAN", fix="download or train the base again")
 
 
 def _as_f16_or_f32(values: Array, name: str) -> Array:
