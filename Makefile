@@ -5,6 +5,8 @@ PYTHON ?= python3
 #   make env TORCH_INSTALL='torch==2.13.0 --index-url URL-OF-THE-CPU-WHEELS'
 TORCH_INSTALL ?= torch==2.13.0
 PYTEST_ARGS ?=
+# Test processes; most of a test's time is one thread loading libraries.
+WORKERS ?= 2
 
 BIN := .venv/bin
 READY := .venv/.ready
@@ -41,7 +43,7 @@ demo: $(READY) ## make a small sparse INT4 model, export it, verify it, show the
 	$(BIN)/sparseport demo
 
 test: lint ## lint, then all tests (PYTEST_ARGS='-m "not model"' for the quick ones)
-	$(BIN)/python -m pytest --timeout=1800 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --timeout=1800 -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(READY) ## ruff, formatting and types
 	$(BIN)/ruff check .

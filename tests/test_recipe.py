@@ -184,12 +184,12 @@ def test_bad_settings_are_refused(setting):
 
 
 def test_settings_and_options_win_over_the_file(tmp_path):
-    path = job_file(tmp_path, "export: {base: b, compress: {mode: int8_sym, ratio: 0.5}}\n")
+    path = job_file(tmp_path, "export: {base: b, compress: {mode: int4_sym, ratio: 0.5}}\n")
     with pytest.raises(BadInput, match=r"'export\.output'"):
         load_job(path)
     job = load_job(path, ("export.output=set", "export.base=set"), {"output": "option", "compress": {"ratio": 0.25}})
     assert job.export.base == Path("set") and job.export.output == Path("option")
-    assert job.export.compress.mode == "int8_sym" and job.export.compress.ratio == 0.25
+    assert job.export.compress.mode == "int4_sym" and job.export.compress.ratio == 0.25
     with pytest.raises(BadInput, match=r"'export\.surprise'"):
         load_job(path, (), {"output": "o", "surprise": 1})
     assert load_job(job_file(tmp_path, "quantize: {}\n"), (), MINIMAL).export == make_recipe(MINIMAL)

@@ -25,7 +25,6 @@ from sparseport.targets.openvino import readback
 from sparseport.targets.openvino.writer import XML, OpenVinoWriter, as_stored
 from sparseport.verify.bits import digest_graph
 from sparseport.verify.certificate import FILE_NAME, SCHEMA, Certificate, decimal, file_facts
-from sparseport.verify.numerics import TOLERANCE
 from sparseport.weights.digest import digest, mask_digest, value_digest
 from sparseport.weights.linear import DenseWeight, QuantizedWeight
 from sparseport.weights.mask import sparsity
@@ -270,12 +269,13 @@ def check_numerics(folder: Path) -> dict[str, Any]:
                 code="E_NUMERICS",
                 fix="the model overflows in the runtime's precision: use a base in a wider range, or report this",
             )
-    if float(result["full_precision"]["max_abs"]) > TOLERANCE:
+    full = result["full_precision"]
+    if not float(full["judged_max_abs"]) <= float(full["allowed"]):
         raise FidelityError(
             "logits differ from the dequantised reference at full precision",
             where=folder.name,
-            expected=f"max |difference| <= {TOLERANCE}",
-            found=result["full_precision"]["max_abs"],
+            expected=f"max |difference| <= {full['allowed']}",
+            found=f"{full['judged_max_abs']} against {full['judged_against']}",
             code="E_NUMERICS",
             fix="report this with the model's config; `--no-numerics` skips the check",
         )

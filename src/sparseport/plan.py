@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,7 @@ def require_exportable(plan: Plan) -> None:
         first = plan.refusals[0].refusal
         assert first is not None
         if len(plan.refusals) > 1:
+            first = copy(first)
             first.what += f" ({len(plan.refusals)} of {len(plan.layers)} layers are refused, `--dry-run` lists them)"
         raise first
     free = available_memory_mib()

@@ -79,7 +79,10 @@ def show_numerics(numerics: dict[str, Any]) -> None:
     """Print both answers of the numeric check."""
     console = Console()
     full, default = numerics["full_precision"], numerics["default"]
-    console.print(f"  logits at full precision: max |difference| {full['max_abs']} (allowed {numerics['tolerance']})")
+    console.print(
+        f"  logits at full precision: max |difference| {full['judged_max_abs']} against torch {full['judged_against']} "
+        f"(allowed {full['allowed']})"
+    )
     console.print(f"  logits at default settings: KL {default['kl']}, top-1 agreement {float(default['top1']):.2%}")
 
 

@@ -37,8 +37,10 @@ def test_certificate_and_verify(real_qa: Any) -> None:
     assert totals["linears"] == totals["int4_linears"] == 210
     assert totals["weights"] == 106_168_320 and totals["revived"] == 0
     assert totals["sparsity"] == "0.250000"
-    assert float(result.certificate.body["numerics"]["full_precision"]["max_abs"]) <= 1e-3
-    assert float(result.certificate.body["numerics"]["full_precision"]["top1"]) == 1.0
+    full = result.certificate.body["numerics"]["full_precision"]
+    # This made-up model has a token at which float32 itself is off by 3e-3, so float64 is the judge.
+    assert float(full["judged_max_abs"]) <= max(1e-3, 2 * float(full.get("float32_noise", 0)))
+    assert float(full["kl"]) < 1e-8 and float(full["top1"]) == 1.0
     assert verify(result.folder).differences == []
 
 
@@ -74,8 +76,8 @@ def test_optimum_model_and_pipelines(real_qa: Any, reference_text: str) -> None:
     model = OVModelForCausalLM.from_pretrained(folder, ov_config=exact)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     options = {"max_new_tokens": 12, "do_sample": False, "return_full_text": False}
-    for make in (pipeline, optimum_pipeline):
-        generate = make("text-generation", model=model, tokenizer=tokenizer)
+    for make, extra in ((pipeline, {}), (optimum_pipeline, {"accelerator": "openvino"})):
+        generate = make("text-generation", model=model, tokenizer=tokenizer, **extra)
         assert generate(PROMPT, **options)[0]["generated_text"] == reference_text
 
 

@@ -33,3 +33,27 @@ def test_nan_is_not_a_small_difference() -> None:
     broken = logits.copy()
     broken[1, 1] = np.nan
     assert not float(drift(logits, broken)["max_abs"]) <= 1e-3
+
+
+@pytest.mark.parametrize(("error", "fine"), [(4e-3, True), (2e-2, False), (float("nan"), False)])
+def test_float64_judges_where_float32_is_not_exact_enough(error: float, fine: bool) -> None:
+    """A stand-in network that is off by 3e-3 in float32 and exact in float64."""
+    from types import SimpleNamespace
+
+    torch = pytest.importorskip("torch")
+    from sparseport.verify.numerics import _judge, logits_of
+
+    class Network:
+        noise = 3e-3
+
+        def double(self) -> Network:
+            self.noise = 0.0
+            return self
+
+        def __call__(self, ids: object) -> SimpleNamespace:
+            return SimpleNamespace(logits=torch.zeros(1, 2, 3) + self.noise)
+
+    network = Network()
+    reference = logits_of(network, [1, 2])
+    judged = _judge(network, [1, 2], reference, np.full((2, 3), error, np.float32))
+    assert (float(judged["judged_max_abs"]) <= float(judged["allowed"])) == fine

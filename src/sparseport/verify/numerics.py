@@ -44,24 +44,47 @@ def compare_logits(folder: str) -> dict[str, Any]:
         folder: a written OpenVINO folder (the tokenizer in it is used; without one, fixed pseudo-random tokens are).
 
     Returns:
-        `full_precision` and `default`, each with `max_abs`, `kl`, `top1` as decimal strings and the settings used;
-        `tokens`, `text` and `tolerance`.
+        `full_precision` and `default`, each with `max_abs`, `kl`, `top1` as decimal strings and the settings used; for
+        full precision also `judged_max_abs` and `allowed`; `tokens`, `prefill_tokens` and `text`.
     """
     import openvino as ov
 
     path = Path(folder)
     model = ov.Core().read_model(path / "openvino_model.xml")
     tokens, from_text = _tokens(path)
-    reference = reference_logits(path, model, tokens)
-    compared = {}
+    network = reference_model(path, model)
+    reference = logits_of(network, tokens)
+    compared: dict[str, dict[str, Any]] = {}
     for label, settings in (("full_precision", FULL_PRECISION), ("default", {})):
-        compared[label] = {**drift(reference, _run(model, tokens, settings)), "settings": dict(settings)}
+        logits = _run(model, tokens, settings)
+        compared[label] = {**drift(reference, logits), "settings": dict(settings)}
+        if label == "full_precision":
+            compared[label] |= _judge(network, tokens, reference, logits)
     return {
         **compared,
         "tokens": len(tokens),
         "prefill_tokens": PREFILL_TOKENS,
-        "tolerance": str(TOLERANCE),
         "text": "sample" if from_text else "pseudo-random",
+    }
+
+
+def _judge(network: Any, tokens: list[int], reference: F32, logits: F32) -> dict[str, str]:
+    """The largest difference that is allowed, and against what it is measured.
+
+    Some models have a token whose activations are huge; there float32 itself is off by more than the tolerance, torch's
+    as well as OpenVINO's. Then the reference is run once more in float64, and OpenVINO may be as far from it as twice
+    torch's float32 is.
+    """
+    largest = float(np.abs(reference - logits).max())
+    if not largest > TOLERANCE:  # also when it is NaN, which the caller refuses
+        return {"judged_against": "float32", "judged_max_abs": f"{largest:.3e}", "allowed": f"{TOLERANCE:.3e}"}
+    exact = logits_of(network.double(), tokens)
+    noise = float(np.abs(exact - reference).max())
+    return {
+        "judged_against": "float64",
+        "judged_max_abs": f"{float(np.abs(exact - logits).max()):.3e}",
+        "allowed": f"{max(TOLERANCE, 2 * noise):.3e}",
+        "float32_noise": f"{noise:.3e}",
     }
 
 
@@ -78,11 +101,10 @@ def drift(reference: F32, logits: F32) -> dict[str, str]:
     }
 
 
-def reference_logits(folder: Path, model: Any, tokens: list[int]) -> F32:
-    """Logits float32 [tokens, vocabulary] of the Hugging Face model with the graph's weights, dequantised to f32."""
+def logits_of(network: Any, tokens: list[int]) -> F32:
+    """Logits float32 [tokens, vocabulary] of a torch model, computed in the model's own precision."""
     import torch
 
-    network = reference_model(folder, model)
     with torch.no_grad():
         return np.asarray(network(torch.tensor([tokens])).logits[0].float().numpy())
 
