@@ -72,26 +72,15 @@ def main() -> None:
 
 def markdown(result: dict[str, Any]) -> str:
     """The README's table."""
-    return common.table(
-        [
-            "path",
-            "codes changed",
-            "zero-points changed",
-            "scales changed",
-            "pruned weights not zero",
-            "logit KL",
-            "accuracy",
-        ],
-        [
-            [
-                row["path"],
-                *(f"{row[key]:.2%}" if row[key] else "**0**" for key in ("codes", "zero_points", "scales", "revived")),
-                row["kl"],
-                f"{row['accuracy']:.1%}",
-            ]
-            for row in result["rows"]
-        ],
-    )
+    header = ["path", "codes changed", "zero-points changed", "scales changed", "pruned weights not zero", "logit KL"]
+    rows = []
+    for row in result["rows"]:
+        shares = [f"{row[key]:.2%}" if row[key] else "**0**" for key in ("codes", "zero_points", "scales", "revived")]
+        rows.append([row["path"], *shares, row["kl"], f"{row['accuracy']:.1%}"])
+        if "revived_before_quantisation" in row:
+            revived = f"{row['revived_before_quantisation']:.0%} of those in adapted layers"
+            rows.append(["the same, before INT4 rounds it", "", "", "", revived, "", ""])
+    return common.table([*header, "accuracy"], rows)
 
 
 def peft_merge(recipe: Any, out: Path, tokenizer: Any) -> float:

