@@ -39,7 +39,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt -e '.[openvino,train,dev]'
 	touch $(READY)
 
-demo: $(READY) ## make a small sparse INT4 model, export it, verify it, show the report
+demo: $(READY) ## prune, quantise and fine-tune a small real model, export it, verify it, ask it
 	$(BIN)/sparseport demo
 
 test: lint ## lint, then all tests (PYTEST_ARGS='-m "not model"' for the quick ones)

@@ -76,7 +76,7 @@ def _repair(
     # Without data NNCF rounds to nearest, within a step; its data-aware options move weights on purpose.
     limit = None if recipe.compress.gptq or recipe.compress.scale_estimation else _STEPS_OF_ROUNDING
     mended: list[Any] = []
-    for item in list(readback.weights(model)):
+    for item in readback.weights(model):
         module = item.name.removesuffix(".weight")
         weight = item.weight
         if not isinstance(weight, QuantizedWeight):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -181,16 +181,10 @@ def _linear_facts(layer: LayerPlan, merged: Merged, sources: Sources, recipe: Re
 def _written_digest(weight: QuantizedWeight | DenseWeight) -> str:
     """Digest of the weight as the target stores it: bfloat16 is widened to float32, which changes no value."""
     if isinstance(weight, DenseWeight) and weight.values.dtype.name == "bfloat16":
-        return digest(DenseWeight(weight.values.astype(np.float32)))
-    return digest(_widened_scales(weight))
-
-
-def _widened_scales(weight: QuantizedWeight | DenseWeight) -> QuantizedWeight | DenseWeight:
+        return digest(replace(weight, values=weight.values.astype(np.float32)))
     if isinstance(weight, QuantizedWeight) and weight.scales.dtype.name == "bfloat16":
-        from dataclasses import replace
-
-        return replace(weight, scales=weight.scales.astype(np.float32))
-    return weight
+        return digest(replace(weight, scales=weight.scales.astype(np.float32)))
+    return digest(weight)
 
 
 def _add_tensors(recipe: Recipe, sources: Sources, layers: Plan, writer: OpenVinoWriter) -> dict[str, dict[str, Any]]:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +15,7 @@ import numpy as np
 import pytest
 
 from sparseport.checkpoints.folder import ModelFolder
+from sparseport.checkpoints.paths import file_sha256
 from sparseport.errors import BadInput, FidelityError, SparseportError, Unsupported
 from sparseport.pipeline import export, plan
 from sparseport.plan import make_plan, merge_planned
@@ -149,6 +155,45 @@ def test_nncf_gptq_is_refused_or_repaired(run_export: Any, tiny_sp_inputs: dict[
         for item in readback.weights(model):
             if item.name.removesuffix(".weight") in result.certificate.linears:
                 assert revived(item.weight, np.asarray(sparse.read(item.name) != 0)) == 0
+
+
+def test_nncf_scale_estimation_keeps_the_mask(run_export: Any, tiny_sp_inputs: dict[str, Any], tmp_path: Path) -> None:
+    lines = tmp_path / "lines.txt"
+    lines.write_text("\n".join(f"sample {i}: the quick brown fox jumps over {i * 7} lazy dogs" for i in range(8)))
+    compress = {"mode": "int4_asym", "group_size": 32, "scale_estimation": True, "dataset": str(lines), "samples": 8}
+    _, result = run_export(**tiny_sp_inputs, compress=compress, numerics=False)
+    model = readback.read_model(result.folder / "openvino_model.xml")
+    with ModelFolder.open(tiny_sp_inputs["base"]) as sparse:
+        checked = [
+            revived(item.weight, np.asarray(sparse.read(item.name) != 0))
+            for item in readback.weights(model)
+            if item.name.removesuffix(".weight") in result.certificate.linears
+        ]
+    assert checked == [0] * 14
+    assert result.certificate.body["inputs"]["dataset"]["sha256"] == file_sha256(lines)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends signals to a process group, as a terminal does")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_export_leaves_nothing(
+    number: int, status: int, tiny_qa_inputs: dict[str, Any], tmp_path: Path
+) -> None:
+    """Ctrl-C while the graph is being built: no output, no temporary folder, no child process."""
+    command = [sys.executable, "-m", "sparseport.cli", "export", "--quiet", "--output", str(tmp_path / "out")]
+    for key in ("base", "sparse_base", "adapter"):
+        command += [f"--{key.replace('_', '-')}", str(tiny_qa_inputs[key])]
+    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("*/scratch-*/weights.pack")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, number)
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == status, message
+    assert b"Traceback" not in message
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
 
 
 def test_int8_embedding_leaves_int4_layers_alone(run_export: Any, tiny_qa: Any, tiny_qa_inputs: dict[str, Any]) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sparseport.checkpoints.safetensors import spec_of, write_safetensors
+from sparseport.child import Child
 from sparseport.errors import BadInput, FidelityError, Unsupported
 from sparseport.targets.openvino import skeleton as module
 from sparseport.targets.openvino.stamp_graph import Graph, Zeros
@@ -263,26 +262,26 @@ def test_zeros_are_holes_that_read_as_zeros(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_child_process_speaks_json(config_file: Any, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
+def test_frontend_process_builds_the_graph(config_file: Any, tmp_path: Path) -> None:
+    """The child that an export starts: the skeleton's fields as its answer, our own errors as errors."""
     config = config_file(num_hidden_layers=4)
     model = real_model(config, torch.bfloat16)
-    small = {name: p.detach().clone() for name, p in model.named_parameters() if p.ndim < 2}
-    save_file(small, tmp_path / "small.safetensors")
-
-    def run(tensors: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "sparseport.targets.openvino.skeleton", str(config), str(tmp_path / tensors)]
-        source = Path(module.__file__).parents[3]
-        environment = dict(os.environ, PYTHONPATH=str(source), HF_HUB_OFFLINE="1")
-        return subprocess.run([*command, str(tmp_path / "ir")], capture_output=True, text=True, env=environment)
-
-    done = run("small.safetensors")
-    assert (done.returncode, done.stderr) == (0, "")
-    fields = json.loads(done.stdout)
+    small = {name: p.detach().float().numpy() for name, p in model.named_parameters() if p.ndim < 2}
+    write_safetensors(tmp_path / "small.safetensors", [spec_of(name, values) for name, values in small.items()])
+    request = {"config": str(config), "output": str(tmp_path / "ir"), "tokenizer": None}
+    with Child(
+        "sparseport.targets.openvino.frontend", {**request, "small_tensors": str(tmp_path / "small.safetensors")}
+    ) as run:
+        fields = run.result()
     assert fields["stamped"] is True and fields["traced_layers"] == 3
     assert set(fields["constants"]) == {name for name, _ in model.named_parameters()}
     assert Path(fields["xml"]).is_file() and Path(fields["bin"]).is_file()
-    failed = run("absent.safetensors")
-    assert failed.returncode == BadInput.exit_code
-    assert json.loads(failed.stdout)["error"]["code"] == "E_INPUT"
+    del small["model.norm.weight"]
+    write_safetensors(tmp_path / "fewer.safetensors", [spec_of(name, values) for name, values in small.items()])
+    with (
+        Child(
+            "sparseport.targets.openvino.frontend", {**request, "small_tensors": str(tmp_path / "fewer.safetensors")}
+        ) as run,
+        pytest.raises(BadInput, match=r"model\.norm\.weight"),
+    ):
+        run.result()

@@ -3,29 +3,24 @@
 The graph comes from optimum-intel's own export, so it is the graph that every tool of that family expects. The
 weights are never materialised: all matrices of the traced model are views of one untouched block of zero pages, and
 become f16 placeholder constants that a later step replaces. The small tensors (norms, biases) are in place already.
-
-    python -m sparseport.targets.openvino.skeleton CONFIG_JSON SMALL_TENSORS_SAFETENSORS OUT_DIR
-
-prints one JSON line: the fields of `Skeleton`, or the error.
+`frontend` runs this in a child process.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from sparseport.errors import BadInput, FidelityError, SparseportError, Unsupported
+from sparseport.errors import BadInput, FidelityError, Unsupported
 from sparseport.targets.openvino.stamp import LayersDiffer, stamp_layers, three_layer_settings
 from sparseport.targets.openvino.stamp_graph import NUMPY_TYPES, Carrier, Graph, Zeros
-from sparseport.targets.openvino.trace import empty_model, export, fill_parameters, lean_imports, load_config, quiet
+from sparseport.targets.openvino.trace import empty_model, export, fill_parameters, load_config
 
 if TYPE_CHECKING:
     import torch
@@ -236,41 +231,3 @@ def _users(operation: Any) -> set[str]:
         node = target.get_node()
         users |= _users(node) if node.get_type_name() == "Convert" else {node.get_type_name()}
     return users
-
-
-def main(arguments: list[str]) -> int:
-    """Run `build_skeleton` from a child process; see the module's description."""
-    config_json, tensors_file, out_dir = (Path(argument) for argument in arguments)
-    try:
-        with quiet(), lean_imports():
-            skeleton = build_skeleton(config_json, out_dir, small_tensors=_reader(tensors_file))
-    except SparseportError as error:
-        print(json.dumps({"error": error.as_dict()}))
-        return error.exit_code
-    print(json.dumps(asdict(skeleton)))
-    return 0
-
-
-def _reader(tensors_file: Path) -> SmallTensors:
-    """Small tensors from a safetensors file. BF16 is widened to f32, which is exact."""
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors = load_file(tensors_file)
-    except (OSError, SafetensorError) as error:
-        raise BadInput("the small tensors cannot be read", where=tensors_file, found=error) from error
-
-    def read(name: str) -> Array:
-        if name not in tensors:
-            raise BadInput("a tensor that the config calls for is missing", where=f"{tensors_file}: {name}")
-        values = tensors[name]
-        widened: Array = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
-        return widened
-
-    return read
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
