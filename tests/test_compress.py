@@ -1,0 +1,37 @@
+"""The comparison of a compressed weight with its source."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from sparseport.compress import _STEPS_OF_ROUNDING, _facts, error_in_steps
+from sparseport.errors import FidelityError
+from sparseport.nls.quantize import quantize_rtn
+
+
+@pytest.fixture
+def pair():  # type: ignore[no-untyped-def]
+    """A weight of more rows than one block, and its INT4 rounding."""
+    values = np.random.default_rng(0).normal(size=(300, 64)).astype(np.float32)
+    return values, quantize_rtn(values, None, group_size=32)
+
+
+def test_rounding_is_within_half_a_step(pair) -> None:  # type: ignore[no-untyped-def]
+    values, weight = pair
+    largest, mean = error_in_steps(weight, values)
+    assert 0.45 < largest <= 0.55 and 0.2 < mean < 0.3
+    assert (
+        _facts("u4", weight, values, _STEPS_OF_ROUNDING, "layer")["compression_error_steps"]["max"] == f"{largest:.3f}"
+    )
+
+
+@pytest.mark.parametrize("row", [0, 299])
+def test_one_code_two_steps_off_is_refused(pair, row: int) -> None:  # type: ignore[no-untyped-def]
+    values, weight = pair
+    codes = weight.codes.copy()
+    codes[row, 5] = codes[row, 5] + 2 if codes[row, 5] < 8 else codes[row, 5] - 2
+    with pytest.raises(FidelityError, match="not the source"):
+        _facts("u4", replace(weight, codes=codes), values, _STEPS_OF_ROUNDING, "layer")
