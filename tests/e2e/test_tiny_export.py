@@ -11,11 +11,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from sparseport.checkpoints.folder import ModelFolder
 from sparseport.checkpoints.paths import file_sha256
+from sparseport.checkpoints.safetensors import SafeTensorsFile, spec_of, write_safetensors
 from sparseport.errors import BadInput, FidelityError, SparseportError, Unsupported
 from sparseport.pipeline import export, plan
 from sparseport.plan import make_plan, merge_planned
@@ -94,6 +96,21 @@ def test_dense_model_travels_as_it_is(run_export: Any, tiny_base: Path) -> None:
             assert isinstance(weight, DenseWeight)
             assert np.array_equal(weight.values, base.read(f"{module}.weight"))
     assert result.certificate.totals["masked_weights"] == 0
+
+
+def test_bfloat16_leaves_as_float32_exactly(run_export: Any, tiny_base: Path, tmp_path: Path) -> None:
+    base = tmp_path / "bf16"
+    shutil.copytree(tiny_base, base)
+    file = base / "model.safetensors"
+    with SafeTensorsFile.open(file) as tensors:
+        values = {name: tensors.read(name).astype(ml_dtypes.bfloat16) for name in tensors.names()}
+    write_safetensors(file, [spec_of(name, array) for name, array in values.items()])
+    _, result = run_export(base=base, embedding="fp32", numerics=False)
+    found = _found(result.folder)
+    for name, array in values.items():
+        stored = found[name.removesuffix(".weight")].values.reshape(array.shape)  # type: ignore[union-attr]
+        assert stored.dtype == np.float32 and np.array_equal(stored, array.astype(np.float32)), name
+    assert verify(result.folder).differences == []
 
 
 def test_gptq_folder_alone(run_export: Any, tiny_int4: Path) -> None:
@@ -237,8 +254,6 @@ def test_other_groups_and_symmetric(
 
 def _edited(source: Path, out: Path, name: str, change: Any) -> Path:
     """A copy of a folder with one tensor changed."""
-    from sparseport.checkpoints.safetensors import SafeTensorsFile, spec_of, write_safetensors
-
     shutil.copytree(source, out)
     file = next(out.glob("*.safetensors"))
     with SafeTensorsFile.open(file) as tensors:
