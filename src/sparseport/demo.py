@@ -386,7 +386,7 @@ def int4_sparsity(recipe: Recipe) -> float:
     zeros = total = 0
     with open_sources(recipe.model_copy(update={"adapter": None, "sub_adapter": "maximal"})) as sources:
         for module in sources.base.linear_names():
-            if sources.is_quantized(module):
+            if sources.format_of(module).quantized:
                 mask = sources.sparse_dense(module).mask
                 assert mask is not None
                 zeros += int(np.count_nonzero(~mask)) - revived(sources.quantized(module), mask)

@@ -101,15 +101,13 @@ def make_plan(recipe: Recipe, sources: Sources) -> Plan:
     adapted = sources.adapter_modules()
     layers = []
     for module in sources.base.linear_names():
-        if module == sources.base.head_name and module not in adapted:
+        if module == sources.base.head_name and module not in adapted and not sources.format_of(module).quantized:
             continue  # an untouched head travels like the embedding
         try:
             layers.append(_plan_layer(module, module in adapted, recipe, sources))
         except SparseportError as error:
-            layers.append(LayerPlan(module, "none", sources.shape(module), "?", "-", refusal=error))
-    linear_tensors = {
-        f"{layer.module}.{leaf}" for layer in layers for leaf in ("weight", "qweight", "qzeros", "scales", "g_idx")
-    }
+            layers.append(LayerPlan(module, "none", (0, 0), "?", "-", refusal=error))
+    linear_tensors = {part for layer in layers for part in sources.linears.parts(layer.module)}
     tensors = [
         name
         for name in sources.base.names()
@@ -194,36 +192,24 @@ def merge_planned(recipe: Recipe, sources: Sources, layer: LayerPlan) -> Merged:
 
 
 def _plan_layer(module: str, adapted: bool, recipe: Recipe, sources: Sources) -> LayerPlan:
-    shape = sources.shape(module)
-    quantized = sources.is_quantized(module)
+    form = sources.format_of(module)
+    shape = form.shape
     rank = None
     rule = "carry"
     if adapted:
         assert sources.adapter is not None
         rank = sources.ranks.get(module, sources.adapter.ranks()[module])
-        rule = _rule(module, quantized, sources)
-    if quantized:
-        assert sources.gptq is not None
-        group = shape[1] if sources.gptq.group_size == -1 else sources.gptq.group_size
-        stored_group = openvino_group_size(group, shape[1], module)
-        kind = "sym" if sources.gptq.sym else "asym"
-        return LayerPlan(
-            module,
-            rule,
-            shape,
-            f"int4 g{group} {kind}",
-            f"{'i4' if sources.gptq.sym else 'u4'} g{stored_group}",
-            group,
-            stored_group,
-            rank,
-        )
-    dtype = sources.base.info(f"{module}.weight").dtype.name
-    stored = "f16" if dtype == "float16" else "f32"
+        rule = _rule(module, form.quantized, sources)
+    if form.group_size is not None:
+        stored_group = openvino_group_size(form.group_size, shape[1], module)
+        stored = f"{'i4' if form.symmetric else 'u4'} g{stored_group}"
+        return LayerPlan(module, rule, shape, form.label, stored, form.group_size, stored_group, rank)
+    stored = "f16" if form.dtype == "float16" else "f32"
     if recipe.compress.mode != "none":
         stored = f"nncf {recipe.compress.mode}"
         if recipe.compress.mode.startswith("int4"):
             stored += f" g{_compress_group(recipe.compress.group_size, shape[1], module)}"
-    return LayerPlan(module, rule, shape, dtype, stored, rank=rank)
+    return LayerPlan(module, rule, shape, form.label, stored, rank=rank)
 
 
 def _compress_group(group_size: int, columns: int, module: str) -> int:
@@ -341,7 +327,7 @@ def _notes(recipe: Recipe, sources: Sources, layers: list[LayerPlan]) -> list[st
             f"{len(split)} layers are regrouped losslessly, group {first.group_size} -> {first.stored_group}, "
             "because OpenVINO computes the original group size wrongly"
         )
-    if sources.gptq is not None and sources.sparse is None:
+    if any(layer.group_size for layer in layers) and sources.sparse is None:
         notes.append(
             "no sparse base was given: pruned weights cannot be told from weights that are zero by rounding, "
             "so the certificate states digests but no mask"

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparseport.checkpoints.detect import open_linears
+from sparseport.checkpoints.dialect import LayerFormat, StoredLinears
 from sparseport.checkpoints.elastic import FILE_NAME as ELASTIC_FILE
 from sparseport.checkpoints.elastic import choose_ranks, read_search_space
 from sparseport.checkpoints.folder import ModelFolder
-from sparseport.checkpoints.gptq import GptqConfig, read_gptq_linear, read_quantization_config
 from sparseport.checkpoints.peft import AdapterFolder
 from sparseport.errors import BadInput
 from sparseport.recipe import Recipe
@@ -25,17 +26,19 @@ SPARSE_FROM = 0.05
 class Sources:
     """Open input folders.
 
-    base     the model to export: dense, sparse, or GPTQ INT4
-    sparse   the sparse floating-point base that an INT4 base was made from, or None
-    adapter  the fine-tuned adapter, or None
-    gptq     how the INT4 base is stored; None for a floating-point base
-    ranks    module -> active rank of the chosen sub-adapter; modules outside the search space keep their full rank
+    base            the model to export: dense, sparse, or INT4 in any dialect
+    linears         its linear layers
+    sparse          the sparse floating-point base that an INT4 base was made from, or None
+    sparse_linears  its linear layers, or None
+    adapter         the fine-tuned adapter, or None
+    ranks           module -> active rank of the chosen sub-adapter; modules outside the search space keep their rank
     """
 
     base: ModelFolder
+    linears: StoredLinears
     sparse: ModelFolder | None
+    sparse_linears: StoredLinears | None
     adapter: AdapterFolder | None
-    gptq: GptqConfig | None
     ranks: dict[str, int]
     _stack: ExitStack
 
@@ -45,27 +48,40 @@ class Sources:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def is_quantized(self, module: str) -> bool:
-        """Whether the base holds this layer as INT4 codes."""
-        return self.gptq is not None and self.base.has(f"{module}.qweight")
+    def format_of(self, module: str) -> LayerFormat:
+        """How the base stores a layer."""
+        return self.linears.format_of(module)
 
     def quantized(self, module: str) -> QuantizedWeight:
-        """The base's INT4 weight of a module, without a mask."""
-        assert self.gptq is not None
-        return read_gptq_linear(self.base, module, self.gptq)
+        """The base's INT4 weight of a module, without a mask.
+
+        Raises:
+            BadInput: the layer is damaged, or not quantised.
+        """
+        weight = self.linears.read(module)
+        if not isinstance(weight, QuantizedWeight):
+            raise BadInput("layer is not quantised", where=f"{self.base.path}, {module}", code="E_PAIRING")
+        return weight
 
     def dense(self, module: str, rule: str = "carry") -> DenseWeight:
         """The base's floating-point weight of a module with its mask.
 
-        The mask is that of the sparse base, if one was given. Otherwise it is the base's own zeros: always for
-        `sparse_peft`, as in training, and for other rules if the layer is sparse at all.
+        The mask is that of the sparse base, if one was given; else the one that is stored with the weight (bitmask
+        layouts). Otherwise it is the base's own zeros: always for `sparse_peft`, as in training, and for other rules if
+        the layer is sparse at all.
+
+        Raises:
+            BadInput: the layer is damaged, or quantised.
         """
-        values = self.base.read(f"{module}.weight")
+        weight = self.linears.read(module)
+        if not isinstance(weight, DenseWeight):
+            raise BadInput("layer is quantised", where=f"{self.base.path}, {module}", code="E_PAIRING")
         mask = self.mask(module)
+        mask = weight.mask if mask is None else mask
         if mask is None:
-            own = mask_of(values)
+            own = mask_of(weight.values)
             mask = own if rule == "sparse_peft" or own.mean() <= 1 - SPARSE_FROM else None
-        return DenseWeight(values, mask)
+        return DenseWeight(weight.values, mask)
 
     def sparse_dense(self, module: str) -> DenseWeight:
         """The sparse base's weight of a module with its mask.
@@ -73,20 +89,19 @@ class Sources:
         Raises:
             BadInput: no sparse base was given, or it does not have this module.
         """
-        if self.sparse is None:
+        if self.sparse_linears is None:
             raise BadInput("this layer needs the sparse base", where=module, fix="give --sparse-base DIR")
-        values = self.sparse.read(f"{module}.weight")
-        return DenseWeight(values, mask_of(values))
+        weight = self.sparse_linears.read(module)
+        assert isinstance(weight, DenseWeight), "the sparse base was checked to be in floating point"
+        return weight if weight.mask is not None else DenseWeight(weight.values, mask_of(weight.values))
 
     def mask_available(self, module: str) -> bool:
         """Whether a sparse base was given and holds this module."""
-        return self.sparse is not None and self.sparse.has(f"{module}.weight")
+        return self.sparse_linears is not None and self.sparse_linears.has(module)
 
     def mask(self, module: str) -> Mask | None:
         """The mask from the sparse base that was given, or None."""
-        if self.sparse is None or not self.mask_available(module):
-            return None
-        return mask_of(self.sparse.read(f"{module}.weight"))
+        return self.sparse_dense(module).mask if self.mask_available(module) else None
 
     def branch(self, module: str) -> LowRankBranch:
         """The chosen sub-adapter's low-rank branch of a module."""
@@ -100,10 +115,13 @@ class Sources:
         return set(self.adapter.modules()) if self.adapter else set()
 
     def small_tensors(self) -> dict[str, Array]:
-        """Norms, biases and the like: every tensor of fewer than two dimensions, by name."""
-        packed = ("g_idx", "qzeros", "scales", "qweight")
-        names = [name for name in self.base.names() if name.rpartition(".")[2] not in packed]
-        return {name: self.base.read(name) for name in names if len(self.base.info(name).shape) < 2}
+        """Norms, biases and the like: every tensor of fewer than two dimensions that is no part of a packed layer."""
+        parts = self.linears.part_names()
+        return {
+            name: self.base.read(name)
+            for name in self.base.names()
+            if name not in parts and len(self.base.info(name).shape) < 2
+        }
 
     def release(self) -> None:
         """Give the memory of weights read so far back to the system."""
@@ -113,11 +131,7 @@ class Sources:
 
     def shape(self, module: str) -> tuple[int, int]:
         """[out, in] of a linear layer of the base, from the header."""
-        if self.is_quantized(module):
-            words, out = self.base.info(f"{module}.qweight").shape
-            return int(out), int(words) * 8
-        rows, columns = self.base.info(f"{module}.weight").shape
-        return int(rows), int(columns)
+        return self.linears.format_of(module).shape
 
     def facts(self) -> dict[str, Any]:
         """SHA-256 of every input file, by role, for the certificate."""
@@ -136,36 +150,28 @@ def open_sources(recipe: Recipe) -> Sources:
     try:
         base = stack.enter_context(ModelFolder.open(recipe.base, allow_pickle=recipe.allow_pickle))
         base.check_layers()
-        quantized = base.config.get("quantization_config") is not None
-        gptq = read_quantization_config(base, zero_storage=recipe.gptq_zeros) if quantized else None
-        sparse = None
+        linears = open_linears(base, gptq_zeros=recipe.gptq_zeros)
+        sparse, sparse_linears = None, None
         if recipe.sparse_base is not None:
             sparse = stack.enter_context(ModelFolder.open(recipe.sparse_base, allow_pickle=recipe.allow_pickle))
             sparse.check_layers()
+            sparse_linears = open_linears(sparse)
             _check_same_shape(base, sparse)
-        sources = Sources(base, sparse, None, gptq, {}, stack)
-        if sparse is not None:
-            _check_layer_shapes(sources, sparse)
+            _check_layers_fit(linears, sparse_linears)
         adapter = None
         ranks: dict[str, int] = {}
         if recipe.adapter is not None:
             adapter = stack.enter_context(AdapterFolder.open(recipe.adapter, allow_pickle=recipe.allow_pickle))
             adapter.check_base(base)
+            _check_adapter_shapes(adapter, linears)
             ranks = _sub_adapter_ranks(adapter, recipe.adapter, recipe.sub_adapter)
-        return Sources(base, sparse, adapter, gptq, ranks, stack)
+        return Sources(base, linears, sparse, sparse_linears, adapter, ranks, stack)
     except BaseException:
         stack.close()
         raise
 
 
 def _check_same_shape(base: ModelFolder, sparse: ModelFolder) -> None:
-    if sparse.config.get("quantization_config") is not None:
-        raise BadInput(
-            "the sparse base is quantised; its floating-point original is needed",
-            where=sparse.path,
-            fix="give the sparse model as it was before quantisation",
-            code="E_PAIRING",
-        )
     for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size"):
         if base.config.get(key) != sparse.config.get(key):
             raise BadInput(
@@ -177,17 +183,37 @@ def _check_same_shape(base: ModelFolder, sparse: ModelFolder) -> None:
             )
 
 
-def _check_layer_shapes(sources: Sources, sparse: ModelFolder) -> None:
-    for module in sources.base.linear_names():
-        name = f"{module}.weight"
-        found = sparse.info(name).shape if sparse.has(name) else None
-        if found != sources.shape(module):
+def _check_layers_fit(linears: StoredLinears, sparse: StoredLinears) -> None:
+    for module in linears.folder.linear_names():
+        form = sparse.format_of(module) if sparse.has(module) else None
+        if form is not None and form.quantized:
+            raise BadInput(
+                "the sparse base is quantised; its floating-point original is needed",
+                where=f"{sparse.folder.path}, {module}",
+                found=form.label,
+                fix="give the sparse model as it was before quantisation",
+                code="E_PAIRING",
+            )
+        if form is None or form.shape != linears.format_of(module).shape:
             raise BadInput(
                 "the sparse base does not have this layer, or has it in another shape",
-                where=f"{sparse.path}, tensor {name}",
-                expected=sources.shape(module),
-                found=found,
+                where=f"{sparse.folder.path}, {module}",
+                expected=linears.format_of(module).shape,
+                found=None if form is None else form.shape,
                 fix="give the sparse model that the base was made from",
+                code="E_PAIRING",
+            )
+
+
+def _check_adapter_shapes(adapter: AdapterFolder, linears: StoredLinears) -> None:
+    for module in adapter.modules():
+        if adapter.shape(module) != linears.format_of(module).shape:
+            raise BadInput(
+                "adapter and base disagree about a module's shape",
+                where=f"{adapter.path}, {module}",
+                expected=linears.format_of(module).shape,
+                found=adapter.shape(module),
+                fix=f"use the base that the adapter was trained on ({adapter.base_model_name!r})",
                 code="E_PAIRING",
             )
 

@@ -21,7 +21,7 @@ from sparseport.weights.linear import Array
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
 POSITIONS = ("wpe", "embed_positions", "position_embeddings", "token_type_embeddings")
 HEADS = ("lm_head", "embed_out")
-_WEIGHT_LEAVES = ("weight", "qweight", "weight_packed")
+_WEIGHT_LEAVES = ("weight", "qweight", "weight_packed", "compressed")
 # Families whose config class keeps the head apart unless config.json says otherwise.
 _UNTIED_BY_DEFAULT = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "phi", "phi3")
 _COMPANIONS = (
@@ -107,7 +107,7 @@ class ModelFolder:
         return self._file_of(name).read(name)
 
     def linear_names(self) -> list[str]:
-        """Linear layers, as module paths: a 2-D `.weight`, or a packed one (`.qweight`, `.weight_packed`).
+        """Linear layers, as module paths: those with a 2-D `.weight` or a packed one (`.qweight`, `.compressed`, ...).
 
         Embeddings are left out; the head is there only if it is stored on its own (not tied).
         """

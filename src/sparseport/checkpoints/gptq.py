@@ -16,10 +16,13 @@ from typing import Any
 
 import numpy as np
 
+from sparseport.checkpoints.act_order import order_by_group
+from sparseport.checkpoints.dialect import FLOATS, LayerFormat, check_part, expect_shape, read_part
 from sparseport.checkpoints.folder import ModelFolder
 from sparseport.checkpoints.gptq_zeros import decide_zero_storage
 from sparseport.checkpoints.json_files import read_json
 from sparseport.checkpoints.paths import bare_file
+from sparseport.checkpoints.writer_of import writer_of
 from sparseport.errors import BadInput, FidelityError, Unsupported
 from sparseport.weights.linear import Array, QuantizedWeight
 from sparseport.weights.packing import (
@@ -35,8 +38,6 @@ _SEPARATE = ("quantize_config.json", "quantization_config.json")
 _COMPARED = ("bits", "group_size", "sym", "desc_act", "quant_method", "checkpoint_format", "format")
 # Options that change how words are to be read; only the listed values leave them as described above.
 _PLAIN: dict[str, tuple[object, ...]] = {
-    "dynamic": (None, {}),
-    "extra_config": (None, {}),
     "pack_dtype": (None, "int32"),
     "data_type": (None, "int"),
     "is_marlin_format": (None, False),
@@ -44,6 +45,7 @@ _PLAIN: dict[str, tuple[object, ...]] = {
     "packing_format": (None, "auto_round:auto_gptq", "gptq"),
     "adapter": (None, {}),
     "rotation": (None, ""),
+    "act_bits": (None, 16, 32),
 }
 
 
@@ -54,6 +56,7 @@ class GptqConfig:
     group_size    input columns per group; -1 = one group for all
     desc_act      columns were quantised in order of activation size (act-order), so g_idx matters
     zero_storage  how qzeros are stored
+    varies        some layers have settings of their own (GPTQModel's `dynamic`, AutoRound's `extra_config`)
     """
 
     bits: int
@@ -61,11 +64,15 @@ class GptqConfig:
     sym: bool
     desc_act: bool
     zero_storage: ZeroPointStorage
+    varies: bool = False
 
 
-def read_quantization_config(folder: ModelFolder, *, zero_storage: ZeroPointStorage | None = None) -> GptqConfig:
+def read_quantization_config(
+    folder: ModelFolder, raw: Mapping[str, Any] | None = None, *, zero_storage: ZeroPointStorage | None = None
+) -> GptqConfig:
     """The quantisation settings of a GPTQ folder, checked against its tensors.
 
+    raw           the settings, where they are not as they stand in config.json (AutoRound's own names)
     zero_storage  what the user says about qzeros (`--gptq-zeros`); None = decided from config and data
 
     Remarks for the user are appended to `folder.warnings`.
@@ -75,12 +82,13 @@ def read_quantization_config(folder: ModelFolder, *, zero_storage: ZeroPointStor
         Unsupported: another method than GPTQ, other than 4 bits, or an option that changes the layout.
     """
     where = str(folder.path / "config.json")
-    raw = folder.config.get("quantization_config")
-    if not isinstance(raw, dict):
+    stored = folder.config.get("quantization_config")
+    if not isinstance(stored, dict):
         raise BadInput(
             "config.json has no quantization_config", where=where, expected="a GPTQ checkpoint", code="E_QUANT_CONFIG"
         )
-    _check_separate(folder, raw)
+    check_separate(folder, stored)
+    raw = stored if raw is None else raw
     method = raw.get("quant_method")
     if method != "gptq":
         raise Unsupported(
@@ -112,26 +120,33 @@ def read_quantization_config(folder: ModelFolder, *, zero_storage: ZeroPointStor
         )
     sym, desc_act = _flag(raw, "sym", where), _flag(raw, "desc_act", where, default=False)
     storage = decide_zero_storage(folder, raw, sym=sym, override=zero_storage)
-    return GptqConfig(bits, group_size, sym, desc_act, storage)
+    return GptqConfig(bits, group_size, sym, desc_act, storage, bool(raw.get("dynamic") or raw.get("extra_config")))
 
 
-def read_gptq_linear(folder: ModelFolder, name: str, config: GptqConfig) -> QuantizedWeight:
-    """One quantised linear layer; scales keep their dtype, a `.bias` stays a tensor of its own.
+def gptq_format(folder: ModelFolder, name: str, config: GptqConfig) -> LayerFormat:
+    """Shape, group size and scale dtype of a layer, from headers.
 
-    With act-order the columns come sorted by group (stable), and `input_order` says which input each belongs to.
+    Where the config gives layers settings of their own, the shapes of the tensors tell bits and group size.
 
     Raises:
-        BadInput: a part is missing, or shapes, dtypes, group indices or scales are wrong; names the tensor.
+        BadInput: a part is missing, or shapes or dtypes do not fit each other.
+        Unsupported: the layer has other than 4 bits.
     """
-    qweight = _read(folder, f"{name}.qweight", ("I32",), 2)
-    qzeros = _read(folder, f"{name}.qzeros", ("I32",), 2)
-    scales = _read(folder, f"{name}.scales", ("F16", "BF16", "F32"), 2)
-    columns, out = qweight.shape[0] * 8, qweight.shape[1]
+    rows, out = check_part(folder, f"{name}.qweight", ("I32",), 2)
+    zeros = check_part(folder, f"{name}.qzeros", ("I32",), 2)
+    scales = check_part(folder, f"{name}.scales", FLOATS, 2)
+    where = f"{folder.path}, tensor {name}.qweight"
+    if config.varies and out and zeros[1] * 32 != 4 * out:
+        raise Unsupported("only 4-bit GPTQ is supported", where=where, expected=4, found=zeros[1] * 32 / out,
+                          code="E_BITS")  # fmt: skip
+    columns = rows * 8
     group_size = columns if config.group_size == -1 else config.group_size
+    if config.varies and scales[0] and columns % scales[0] == 0:
+        group_size = columns // scales[0]
     if columns == 0 or columns % group_size:
         raise BadInput(
             "group size does not divide the input features",
-            where=f"{folder.path}, tensor {name}.qweight",
+            where=where,
             expected=f"a divisor of {columns}",
             found=group_size,
             code="E_GROUP",
@@ -142,11 +157,28 @@ def read_gptq_linear(folder: ModelFolder, name: str, config: GptqConfig) -> Quan
             "output features do not fill whole words of zero-points",
             expected="a multiple of 8",
             found=out,
-            where=f"{folder.path}, tensor {name}.qweight",
+            where=where,
             code="E_SHAPE",
         )
-    _expect(folder, f"{name}.qzeros", qzeros, (groups, out // 8))
-    _expect(folder, f"{name}.scales", scales, (groups, out))
+    expect_shape(folder, f"{name}.qzeros", zeros, (groups, out // 8))
+    expect_shape(folder, f"{name}.scales", scales, (groups, out))
+    return LayerFormat((out, columns), folder.info(f"{name}.scales").dtype.name, 4, group_size, config.sym)
+
+
+def read_gptq_linear(folder: ModelFolder, name: str, config: GptqConfig) -> QuantizedWeight:
+    """One quantised linear layer; scales keep their dtype, a `.bias` stays a tensor of its own.
+
+    With act-order the columns come sorted by group (stable), and `input_order` says which input each belongs to.
+
+    Raises:
+        BadInput: a part is missing, or shapes, dtypes, group indices or scales are wrong; names the tensor.
+    """
+    form = gptq_format(folder, name, config)
+    qweight = folder.read(f"{name}.qweight")
+    qzeros = folder.read(f"{name}.qzeros")
+    scales = folder.read(f"{name}.scales")
+    (_, columns), group_size = form.shape, form.group_size
+    assert group_size is not None
     codes = unpack_gptq_codes(qweight.view(np.int32))
     order = _input_order(folder, name, columns, group_size, config.desc_act)
     if order is not None:
@@ -162,6 +194,36 @@ def read_gptq_linear(folder: ModelFolder, name: str, config: GptqConfig) -> Quan
         )
     weight = QuantizedWeight(codes, np.ascontiguousarray(scales.T), zero_points, group_size, input_order=order)
     return weight.check(f"{folder.path}, tensor {name}.scales")
+
+
+class Gptq:
+    """The dialect of a GPTQ folder."""
+
+    def __init__(self, folder: ModelFolder, config: GptqConfig, writer: str = "") -> None:
+        self._folder = folder
+        self.config = config
+        self.name = f"GPTQ {config.zero_storage.value}" + (" act-order" if config.desc_act else "")
+        self.writer = writer
+
+    def holds(self, module: str) -> bool:
+        return self._folder.has(f"{module}.qweight")
+
+    def parts(self, module: str) -> tuple[str, ...]:
+        return tuple(name for leaf in PARTS if self._folder.has(name := f"{module}.{leaf}"))
+
+    def format_of(self, module: str) -> LayerFormat:
+        return gptq_format(self._folder, module, self.config)
+
+    def read(self, module: str) -> QuantizedWeight:
+        return read_gptq_linear(self._folder, module, self.config)
+
+
+def open_gptq(
+    folder: ModelFolder, raw: Mapping[str, Any] | None = None, *, zero_storage: ZeroPointStorage | None = None
+) -> Gptq:
+    """The dialect of a folder with GPTQ words; see `read_quantization_config`."""
+    config = read_quantization_config(folder, raw, zero_storage=zero_storage)
+    return Gptq(folder, config, writer_of(folder.config["quantization_config"]))
 
 
 def gptq_tensors(name: str, weight: QuantizedWeight, storage: ZeroPointStorage) -> dict[str, Array]:
@@ -237,57 +299,17 @@ def _input_order(
                 where=f"{folder.path}, tensor {tensor}",
             )
         return None
-    g_idx = _read(folder, tensor, ("I32",), 1)
-    _expect(folder, tensor, g_idx, (columns,))
-    groups = columns // group_size
-    low, high = int(g_idx.min()), int(g_idx.max())
-    if low < 0 or high >= groups:
-        raise BadInput(
-            "group index out of range",
-            where=f"{folder.path}, tensor {tensor}",
-            expected=f"0..{groups - 1}",
-            found=low if low < 0 else high,
-            code="E_G_IDX",
-        )
-    sizes = np.bincount(g_idx, minlength=groups)
-    if (sizes != group_size).any():
-        group = int(np.argmax(sizes != group_size))
-        raise BadInput(
-            f"group {group} has the wrong number of columns",
-            where=f"{folder.path}, tensor {tensor}",
-            expected=group_size,
-            found=int(sizes[group]),
-            code="E_G_IDX",
-        )
-    order = np.argsort(g_idx, kind="stable").astype(np.int32)
-    return None if np.array_equal(order, np.arange(columns)) else order
+    g_idx = read_part(folder, tensor, ("I32",), 1)
+    expect_shape(folder, tensor, g_idx.shape, (columns,))
+    return order_by_group(g_idx, group_size, f"{folder.path}, tensor {tensor}")
 
 
-def _read(folder: ModelFolder, name: str, stored: tuple[str, ...], rank: int) -> Array:
-    info = folder.info(name)
-    if info.stored not in stored or len(info.shape) != rank:
-        raise BadInput(
-            "tensor has the wrong dtype or rank",
-            where=f"{folder.path}, tensor {name}",
-            expected=f"{' or '.join(stored)} with {rank} axes",
-            found=f"{info.stored} {info.shape}",
-            code="E_SHAPE",
-        )
-    return folder.read(name)
+def check_separate(folder: ModelFolder, raw: Mapping[str, Any]) -> None:
+    """Refuse a folder whose quantize_config.json or quantization_config.json contradicts its config.json.
 
-
-def _expect(folder: ModelFolder, name: str, array: Array, shape: tuple[int, ...]) -> None:
-    if array.shape != shape:
-        raise BadInput(
-            "tensor has the wrong shape",
-            where=f"{folder.path}, tensor {name}",
-            expected=shape,
-            found=array.shape,
-            code="E_SHAPE",
-        )
-
-
-def _check_separate(folder: ModelFolder, raw: Mapping[str, Any]) -> None:
+    Raises:
+        BadInput: names the file and the key.
+    """
     for file in _SEPARATE:
         if not (folder.path / file).exists():
             continue

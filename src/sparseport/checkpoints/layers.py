@@ -21,6 +21,11 @@ _WEIGHT_PARTS = (
     "weight_scale",
     "weight_zero_point",
     "weight_shape",
+    "weight_g_idx",
+    "compressed",
+    "bitmask",
+    "row_offsets",
+    "shape",
 )
 
 

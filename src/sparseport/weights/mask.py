@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sparseport.weights.linear import Array, DenseWeight, Mask, QuantizedWeight
+from sparseport.weights.linear import U8, Array, DenseWeight, Mask, QuantizedWeight
 
 
 def mask_of(values: Array) -> Mask:
@@ -37,3 +37,19 @@ def keeps_n_m(mask: Mask, n: int, m: int) -> bool:
         return False
     kept = mask.reshape(out, cols // m, m).sum(axis=2)
     return bool((kept <= m - n).all())
+
+
+def pack_bitmask(mask: Mask) -> U8:
+    """A mask bool [out, in] as bits uint8 [out, ceil(in/8)]: column 8j+k at bit k of byte j, filled with zeros."""
+    return np.packbits(mask, axis=1, bitorder="little")
+
+
+def unpack_bitmask(bits: U8, columns: int) -> tuple[Mask, int]:
+    """Inverse of `pack_bitmask`: the mask bool [out, columns], and how many bits are set beyond the last column."""
+    every = np.unpackbits(bits, axis=1, bitorder="little").view(np.bool_)
+    return np.ascontiguousarray(every[:, :columns]), int(np.count_nonzero(every[:, columns:]))
+
+
+def find_n_m(mask: Mask) -> tuple[int, int] | None:
+    """The tightest common N:M pattern (N of every M input columns pruned) that a mask keeps: 2:4 or 4:8, else None."""
+    return next((pattern for pattern in ((2, 4), (4, 8)) if keeps_n_m(mask, *pattern)), None)

@@ -3,6 +3,10 @@
 OpenVINO u4 / i4   element 2k in the low nibble of byte k, element 2k+1 in the high nibble, C order
 GPTQ qweight       int32 [in/8, out], input column 8i+k at bits 4k of word i (low nibble first along `in`)
 GPTQ qzeros        int32 [groups, out/8], output row 8j+k at bits 4k of word j; v1 stores z - 1, v2 stores z
+AWQ gemm           int32 [in, out/8] and [groups, out/8], row 8j+c of the weight at bits 4*AWQ_ORDER[c] of word j
+AWQ gemv           int32 [out, in/8], column 8j+k at bits 4k of word j
+compressed-tensors int32 [out, in/8], column 8j+k at bits 4k of word j, stored as q + 8; zero-points likewise, but
+                   packed along `out`: int32 [out/8, groups]
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ from sparseport.weights.linear import U8
 I32 = npt.NDArray[np.int32]
 
 _NIBBLE_SHIFTS = np.arange(0, 32, 4, dtype=np.uint32)
+# Which nibble of a word holds element 0..7: AWQ's kernels want even and odd elements apart.
+AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 class ZeroPointStorage(str, Enum):
@@ -104,3 +110,37 @@ def unpack_gptq_zero_points(qzeros: I32, storage: ZeroPointStorage) -> U8:
     if storage is ZeroPointStorage.V1:
         stored = (stored + np.uint8(1)) & np.uint8(15)
     return stored
+
+
+def pack_awq_words(values: U8) -> I32:
+    """Values 0..15 uint8 [n, 8*m] -> AWQ gemm words int32 [n, m], element c of a word at bits 4*AWQ_ORDER[c].
+
+    Raises:
+        BadInput: the second axis is not a multiple of 8.
+    """
+    rows, cols = values.shape
+    if cols % 8:
+        raise BadInput("AWQ words hold eight values each", expected="a multiple of 8", found=cols, code="E_PACK")
+    nibbles = np.empty((rows, cols // 8, 8), np.uint8)
+    nibbles[:, :, list(AWQ_ORDER)] = values.reshape(rows, cols // 8, 8)
+    return np.ascontiguousarray(pack_words_low_first(np.ascontiguousarray(nibbles.reshape(rows, cols).T)).T)
+
+
+def unpack_awq_words(words: I32) -> U8:
+    """Inverse of `pack_awq_words`: int32 [n, m] -> uint8 [n, 8*m]."""
+    rows, cols = words.shape
+    nibbles = unpack_row_words(words).reshape(rows, cols, 8)
+    return np.ascontiguousarray(nibbles[:, :, list(AWQ_ORDER)].reshape(rows, cols * 8))
+
+
+def pack_row_words(values: U8) -> I32:
+    """Values 0..15 uint8 [n, m] -> int32 [n, ceil(m/8)], value 8j+k at bits 4k of word j; short rows end in zeros."""
+    rows, cols = values.shape
+    padded = np.zeros((-(-cols // 8) * 8, rows), np.uint8)
+    padded[:cols] = values.T
+    return np.ascontiguousarray(pack_words_low_first(padded).T)
+
+
+def unpack_row_words(words: I32) -> U8:
+    """Inverse of `pack_row_words`, with the filling: int32 [n, m] -> uint8 [n, 8*m]."""
+    return np.ascontiguousarray(unpack_words_low_first(np.ascontiguousarray(words.T)).T)

@@ -1,0 +1,162 @@
+"""AWQ checkpoints as AutoAWQ and AutoRound write them, versions `gemm` and `gemv`.
+
+    gemm   qweight  int32 [in, out/8]      row 8j+c of the weight at bits 4*(0,4,1,5,2,6,3,7)[c] of word j
+           qzeros   int32 [groups, out/8]  zero-points in the same order, stored as they are
+           scales   float [groups, out]
+    gemv   qweight  int32 [out, in/8]      column 8j+k at bits 4k of word j
+           qzeros   int32 [out, words]     zero-point of group 8j+k at bits 4k of word j, filled up with zeros
+           scales   float [out, 8*words]   filled up with zeros
+
+W = scale * (code - zero_point). AWQ's per-channel scaling of activations is already folded into the other weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+from sparseport.checkpoints.dialect import FLOATS, LayerFormat, check_part, expect_shape, read_part
+from sparseport.checkpoints.folder import ModelFolder
+from sparseport.checkpoints.writer_of import writer_of
+from sparseport.errors import BadInput, Unsupported
+from sparseport.weights.linear import U8, Array, QuantizedWeight
+from sparseport.weights.packing import unpack_awq_words, unpack_row_words
+
+Version = Literal["gemm", "gemv"]
+_VERSIONS: dict[str, Version] = {"gemm": "gemm", "gemv": "gemv"}
+_WORDS = 8  # 4-bit values in an int32
+
+
+class Awq:
+    """The dialect of an AWQ folder; open it with `open_awq`."""
+
+    def __init__(
+        self, folder: ModelFolder, version: Version, group_size: int | None, symmetric: bool, writer: str
+    ) -> None:
+        """Take an open folder.
+
+        version     which kernel the words are laid out for
+        group_size  of every layer, -1 for one group per row; None where layers differ (it then follows from the shapes)
+        symmetric   whether the config says that there are no zero-points; all stored ones must then be 8
+        """
+        self._folder = folder
+        self._version = version
+        self._group_size = group_size
+        self._symmetric = symmetric
+        self.name = f"AWQ {version}"
+        self.writer = writer
+
+    def holds(self, module: str) -> bool:
+        return self._folder.has(f"{module}.qweight")
+
+    def parts(self, module: str) -> tuple[str, ...]:
+        return tuple(f"{module}.{leaf}" for leaf in ("qweight", "qzeros", "scales"))
+
+    def format_of(self, module: str) -> LayerFormat:
+        folder = self._folder
+        weight, zeros, scales = (
+            check_part(folder, f"{module}.{leaf}", stored, 2)
+            for leaf, stored in (("qweight", ("I32",)), ("qzeros", ("I32",)), ("scales", FLOATS))
+        )
+        if self._version == "gemm":
+            columns, out = weight[0], weight[1] * _WORDS
+            asked = columns if self._group_size == -1 else self._group_size
+            groups = scales[0]
+            wanted_zeros, wanted_scales = (groups, weight[1]), (groups, out)
+        else:
+            out, columns = weight[0], weight[1] * _WORDS
+            asked = columns if self._group_size == -1 else self._group_size
+            groups = columns // (asked or columns)
+            # Rows of scales are filled up to whole words, and to more for small groups.
+            words = max(zeros[1], -(-groups // _WORDS))
+            wanted_zeros, wanted_scales = (out, words), (out, words * _WORDS)
+        expect_shape(folder, f"{module}.qzeros", zeros, wanted_zeros)
+        expect_shape(folder, f"{module}.scales", scales, wanted_scales)
+        group_size = columns // groups if groups else 0
+        if not groups or columns % groups or (asked is not None and asked != group_size):
+            raise BadInput(
+                "scales do not fit the group size",
+                where=f"{folder.path}, tensor {module}.scales",
+                expected=f"{columns} input features in groups of {asked}",
+                found=f"{groups} groups",
+                code="E_GROUP",
+            )
+        return LayerFormat((out, columns), folder.info(f"{module}.scales").dtype.name, 4, group_size, self._symmetric)
+
+    def read(self, module: str) -> QuantizedWeight:
+        form = self.format_of(module)
+        assert form.group_size is not None
+        folder = self._folder
+        groups = form.shape[1] // form.group_size
+        words = read_part(folder, f"{module}.qweight", ("I32",), 2).view(np.int32)
+        zeros = read_part(folder, f"{module}.qzeros", ("I32",), 2).view(np.int32)
+        scales: Array = folder.read(f"{module}.scales")
+        codes: U8
+        if self._version == "gemm":
+            codes, zero_points, scales = unpack_awq_words(words).T, unpack_awq_words(zeros).T, scales.T
+        else:
+            codes, zero_points = unpack_row_words(words), unpack_row_words(zeros)
+            self._check_filling(module, zero_points[:, groups:], scales[:, groups:])
+            zero_points, scales = zero_points[:, :groups], scales[:, :groups]
+        if self._symmetric and (zero_points != 8).any():
+            raise BadInput(
+                "config says that there are no zero-points, but one is not the middle",
+                where=f"{folder.path}, tensor {module}.qzeros",
+                expected=8,
+                found=int(zero_points[zero_points != 8][0]),
+                fix='set "zero_point": true in config.json if the model is asymmetric',
+                code="E_ZEROS",
+            )
+        weight = QuantizedWeight(
+            codes=np.ascontiguousarray(codes),
+            scales=np.ascontiguousarray(scales),
+            zero_points=np.ascontiguousarray(zero_points),
+            group_size=form.group_size,
+        )
+        return weight.check(f"{folder.path}, tensor {module}.scales")
+
+    def _check_filling(self, module: str, zero_points: U8, scales: Array) -> None:
+        if zero_points.any() or scales.any():
+            raise BadInput(
+                "scales or zero-points beyond the last group are not zero",
+                where=f"{self._folder.path}, tensor {module}.scales",
+                fix="check group_size in config.json",
+                code="E_GROUP",
+            )
+
+
+def open_awq(folder: ModelFolder, raw: Mapping[str, Any], where: str) -> Awq:
+    """The dialect of a folder whose quantization_config says `awq`.
+
+    Raises:
+        BadInput: the config is damaged.
+        Unsupported: another version than gemm or gemv, or other than 4 bits.
+    """
+    given = raw.get("version", raw.get("format", "gemm"))
+    version = _VERSIONS.get(given.lower()) if isinstance(given, str) else None
+    if version is None:
+        raise Unsupported(
+            f"AWQ version {given!r} is not read",
+            where=where,
+            expected="gemm or gemv",
+            found=given,
+            fix="save the model with version gemm, which every loader reads",
+            code="E_QUANT_METHOD",
+        )
+    bits = raw.get("bits", raw.get("w_bit", 4))
+    if bits != 4:
+        raise Unsupported("only 4-bit AWQ is supported", where=where, expected=4, found=bits, code="E_BITS")
+    zero_point = raw.get("zero_point", True)
+    if not isinstance(zero_point, bool):
+        raise BadInput(
+            "zero_point is not true or false", where=where, found=repr(zero_point)[:40], code="E_QUANT_CONFIG"
+        )
+    group_size = raw.get("group_size", raw.get("q_group_size", 128))
+    if type(group_size) is not int or group_size == 0 or group_size < -1:
+        raise BadInput("group_size is impossible", where=where, found=repr(group_size)[:40], code="E_GROUP")
+    varying = bool(raw.get("extra_config") or raw.get("dynamic"))
+    if varying and version == "gemv":
+        raise Unsupported("AWQ gemv with settings that differ between layers is not read", where=where, fix="use gemm")
+    return Awq(folder, version, None if varying else group_size, not zero_point, writer_of(raw))
