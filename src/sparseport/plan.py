@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from sparseport.errors import BadInput, EnvironmentProblem, FidelityError, Spars
 from sparseport.merge.layer import Merged, merge_layer
 from sparseport.recipe import Recipe
 from sparseport.sources import SPARSE_FROM, Sources
-from sparseport.weights.grouping import openvino_group_size
+from sparseport.weights.grouping import openvino_group_size, openvino_layout
 from sparseport.weights.linear import DenseWeight, QuantizedWeight
 
 # What the frontend process (torch, transformers, optimum-intel and the traced graph) takes beside one matrix, measured.
@@ -201,7 +202,7 @@ def _plan_layer(module: str, adapted: bool, recipe: Recipe, sources: Sources) ->
         rank = sources.ranks.get(module, sources.adapter.ranks()[module])
         rule = _rule(module, form.quantized, sources)
     if form.group_size is not None:
-        stored_group = openvino_group_size(form.group_size, shape[1], module)
+        stored_group = openvino_layout(form.group_size, shape[1], module)
         stored = f"{'i4' if form.symmetric else 'u4'} g{stored_group}"
         return LayerPlan(module, rule, shape, form.label, stored, form.group_size, stored_group, rank)
     stored = "f16" if form.dtype == "float16" else "f32"
@@ -301,8 +302,9 @@ def _is_tied_copy(name: str, sources: Sources) -> bool:
 
 def _stored_bytes(layer: LayerPlan) -> int:
     rows, cols = layer.shape
-    if layer.stored_group:
-        return rows * cols // 2 + rows * (cols // layer.stored_group) * 5 // 2
+    if layer.stored_group and layer.group_size:
+        groups = cols // min(layer.stored_group, layer.group_size)
+        return rows * groups * (layer.stored_group + 5) // 2
     if layer.stored.startswith("nncf int4"):
         return rows * cols * 9 // 16
     if layer.stored.startswith("nncf"):
@@ -320,13 +322,7 @@ def _notes(recipe: Recipe, sources: Sources, layers: list[LayerPlan]) -> list[st
             notes.append("the adapter changes nothing: every lora_B is zero")
     if computed := [name for name in sources.base.names() if name.endswith(_COMPUTED)]:
         notes.append(f"{len(computed)} rotary frequency tensors are left out: the graph computes them from the config")
-    split = [layer for layer in layers if layer.stored_group != layer.group_size]
-    if split:
-        first = split[0]
-        notes.append(
-            f"{len(split)} layers are regrouped losslessly, group {first.group_size} -> {first.stored_group}, "
-            "because OpenVINO computes the original group size wrongly"
-        )
+    notes += _regrouping(layers)
     if any(layer.group_size for layer in layers) and sources.sparse is None:
         notes.append(
             "no sparse base was given: pruned weights cannot be told from weights that are zero by rounding, "
@@ -334,4 +330,22 @@ def _notes(recipe: Recipe, sources: Sources, layers: list[LayerPlan]) -> list[st
         )
     if recipe.compress.mode != "none" and all(layer.stored_group for layer in layers):
         notes.append("--compress has nothing to do: every layer is INT4 already and stays as it is")
+    return notes
+
+
+def _regrouping(layers: list[LayerPlan]) -> list[str]:
+    """One sentence per pair of group sizes that differ between source and output."""
+    pairs = Counter(
+        (layer.group_size, layer.stored_group)
+        for layer in layers
+        if layer.group_size and layer.stored_group and layer.group_size != layer.stored_group
+    )
+    notes = []
+    for (size, stored), count in sorted(pairs.items()):
+        how = f"are split losslessly, group {size} -> {stored}"
+        if stored > size:
+            how = (
+                f"have their groups of {size} filled up with zeros to {stored} columns ({stored / size:.2f} x the size)"
+            )
+        notes.append(f"{count} layers {how}, because OpenVINO computes the original group size wrongly")
     return notes

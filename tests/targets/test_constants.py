@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from sparseport.targets.openvino import readback
 from sparseport.targets.openvino.constants import swap_constants
 from sparseport.targets.openvino.store import WeightStore
 from sparseport.weights.digest import digest
-from sparseport.weights.grouping import collapse, openvino_group_size, regroup
+from sparseport.weights.grouping import collapse, for_openvino, openvino_layout
 from sparseport.weights.linear import DenseWeight, QuantizedWeight
 from sparseport.weights.rounding import dequantize
 
@@ -63,18 +64,29 @@ def _run(xml: Path, x: Any) -> Any:
     return ov.Core().compile_model(xml, "CPU", EXACT)(x)[0]
 
 
-@pytest.mark.parametrize("group", [8, 16, 32, 48, 64, 80, 96, 192, 320, 960])
+@pytest.mark.parametrize("group", [1, 3, 5, 8, 12, 15, 16, 20, 32, 48, 60, 64, 80, 96, 192, 320, 960])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_every_group_size_computes_right(tmp_path: Path, group: int, symmetric: bool) -> None:
-    """48, 80 and 96 are sizes for which the CPU plugin gives garbage, in f32 or bf16, unless they are split."""
-    weight = _weight(24, 960, group, symmetric=symmetric)
-    split = regroup(weight, openvino_group_size(group, 960, "layer"))
-    xml = _export(weight, split, tmp_path)
+@pytest.mark.parametrize("order", [True, False])
+def test_every_group_size_computes_right(tmp_path: Path, group: int, symmetric: bool, order: bool) -> None:
+    """48, 80 and 96 are sizes for which the CPU plugin gives garbage, in f32 or bf16, unless they are split; 5, 15 and
+    60 are filled up."""
+    weight = _weight(24, 960, group, symmetric=symmetric, order=order)
+    xml = _export(weight, for_openvino(weight, openvino_layout(group, 960, "layer")), tmp_path)
     x = np.random.default_rng(0).normal(size=(3, 960)).astype(np.float32)
     assert np.allclose(_run(xml, x), x @ dequantize(weight).T, rtol=1e-4, atol=1e-4)
     (item,) = readback.weights(readback.read_model(xml))
     assert isinstance(item.weight, QuantizedWeight) and item.element_type == ("i4" if symmetric else "u4")
     assert digest(collapse(item.weight, group, "layer")) == digest(weight)
+
+
+def test_a_filling_column_that_is_not_zero_is_found(tmp_path: Path) -> None:
+    weight = _weight(8, 60, 12)
+    filled = for_openvino(weight, 16)
+    codes = filled.codes.copy()
+    codes[3, 15] ^= 1
+    xml = _export(weight, replace(filled, codes=codes), tmp_path)
+    with pytest.raises(FidelityError, match="fills up"):
+        list(readback.weights(readback.read_model(xml)))
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, ml_dtypes.bfloat16])

@@ -10,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparseport.errors import FidelityError, Unsupported
-from sparseport.weights.grouping import all_zero_points_are, collapse, openvino_group_size, regroup
+from sparseport.weights.grouping import (
+    all_zero_points_are,
+    collapse,
+    fill_groups,
+    for_openvino,
+    openvino_group_size,
+    openvino_layout,
+    regroup,
+    without_filling,
+)
 from sparseport.weights.linear import QuantizedWeight
 from sparseport.weights.rounding import dequantize
 
@@ -113,3 +122,45 @@ def test_symmetric_weights_are_recognised():
     points = eights.zero_points.copy()
     points[1, 1] = 7
     assert not all_zero_points_are(replace(eights, zero_points=points), 8)
+
+
+@given(st.integers(0, 1000), st.integers(1, 4), st.integers(1, 4), st.integers(1, 9), st.integers(0, 9), st.booleans())
+def test_filled_groups_are_the_same_layer_and_come_off_again(seed, out, groups, size, more, ordered):
+    weight = random_weight(seed, out, groups, size)
+    random = np.random.default_rng(seed)
+    if ordered:
+        order = random.permutation(groups * size).astype(np.int32)
+        weight = replace(weight, input_order=None if np.array_equal(order, np.arange(order.size)) else order)
+    filled = fill_groups(weight, size + more).check("w")
+    assert filled.group_size == size + more and filled.groups == groups
+    inputs = random.normal(size=groups * size)
+    columns = dequantize(replace(filled, input_order=None)).astype(np.float64)
+    assert np.allclose(columns @ inputs[filled.input_order], dequantize(weight).astype(np.float64) @ inputs)
+    again = without_filling(filled, "w")
+    assert same(again, weight)
+    assert (again.input_order is None) == (weight.input_order is None)
+    assert again.input_order is None or np.array_equal(again.input_order, weight.input_order)
+
+
+def test_filling_is_checked():
+    filled = fill_groups(random_weight(0, 3, 4, 5), 8)
+    codes = filled.codes.copy()
+    codes[1, 6] ^= 1
+    with pytest.raises(FidelityError, match="is not zero"):
+        without_filling(replace(filled, codes=codes), "layer")
+    order = filled.input_order.copy()
+    order[7] = order[8]  # one group now seems to have more columns of its own
+    with pytest.raises(FidelityError):
+        without_filling(replace(filled, input_order=order), "layer")
+    with pytest.raises(Unsupported, match="fewer"):
+        fill_groups(filled, 5)
+
+
+def test_every_group_size_has_a_layout_for_openvino():
+    for size in range(1, 700):
+        chosen = openvino_layout(size, 3 * size, "layer")
+        assert chosen in (8, 16, 32) or chosen % 64 == 0
+        assert size % chosen == 0 or size < chosen < size + 64
+    assert [openvino_layout(size, 960, "layer") for size in (1, 5, 12, 20, 36, 96, 100)] == [8, 8, 16, 32, 64, 32, 128]
+    weight = random_weight(0, 2, 3, 12)
+    assert for_openvino(weight, 16).group_size == 16 and for_openvino(weight, 4).group_size == 4

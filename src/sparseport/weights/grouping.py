@@ -53,6 +53,80 @@ def collapse(weight: QuantizedWeight, group_size: int, where: str) -> QuantizedW
     )
 
 
+def fill_groups(weight: QuantizedWeight, group_size: int) -> QuantizedWeight:
+    """The same linear layer with more columns per group: each group is filled up with columns of zeros.
+
+    A filling column has code == zero_point, so it is exactly zero, and it reads the input of its group's first column
+    (`input_order` then names that input more than once).
+
+    Raises:
+        Unsupported: `group_size` is smaller than the present one.
+    """
+    out, cols = weight.shape
+    more = group_size - weight.group_size
+    if more < 0:
+        raise Unsupported("groups cannot be filled to fewer columns", expected=weight.group_size, found=group_size)
+    order = np.arange(cols, dtype=np.int32) if weight.input_order is None else weight.input_order
+    inputs = order.reshape(weight.groups, weight.group_size)
+    inputs = np.concatenate([inputs, np.repeat(inputs[:, :1], more, axis=1)], axis=1)
+    codes = weight.codes.reshape(out, weight.groups, weight.group_size)
+    codes = np.concatenate([codes, np.repeat(weight.zero_points[:, :, None], more, axis=2)], axis=2)
+    return replace(
+        weight,
+        codes=codes.reshape(out, -1),
+        group_size=group_size,
+        input_order=np.ascontiguousarray(inputs.reshape(-1)).astype(np.int32),
+        mask=None,
+    )
+
+
+def without_filling(weight: QuantizedWeight, where: str) -> QuantizedWeight:
+    """Inverse of `fill_groups`, used on read-back: columns that read an input for the second time must be zeros.
+
+    Raises:
+        FidelityError: such a column holds a weight, or groups have different numbers of them.
+    """
+    order = weight.input_order
+    if order is None:
+        return weight
+    _, first = np.unique(order, return_index=True)
+    if first.size == order.size:
+        return weight
+    real = np.zeros(order.size, np.bool_)
+    real[first] = True
+    zeros = np.repeat(weight.zero_points, weight.group_size, axis=1)
+    if (weight.codes[:, ~real] != zeros[:, ~real]).any():
+        raise FidelityError("a column that fills up a group is not zero", where=where, code="E_READBACK")
+    per_group = real.reshape(weight.groups, weight.group_size).sum(axis=1)
+    if (per_group != per_group[0]).any():
+        raise FidelityError("groups are filled up by different numbers of columns", where=where, code="E_READBACK")
+    kept = order[real]
+    return replace(
+        weight,
+        codes=np.ascontiguousarray(weight.codes[:, real]),
+        group_size=int(per_group[0]),
+        input_order=None if np.array_equal(kept, np.arange(kept.size)) else kept,
+    )
+
+
+def for_openvino(weight: QuantizedWeight, group_size: int) -> QuantizedWeight:
+    """The weight with the group size that `openvino_layout` chose: split, or filled up."""
+    if weight.group_size % group_size == 0:
+        return regroup(weight, group_size)
+    return fill_groups(weight, group_size)
+
+
+def openvino_layout(group_size: int, in_features: int, where: str) -> int:
+    """The group size in which OpenVINO computes a layer correctly: the same, a divisor (split), or larger (filled up).
+
+    Filling costs memory and time in proportion, and is only chosen where no split is possible (36 becomes 64).
+    """
+    try:
+        return openvino_group_size(group_size, in_features, where)
+    except Unsupported:
+        return next((size for size in (8, 16, 32) if size >= group_size), -(-group_size // 64) * 64)
+
+
 def openvino_group_size(group_size: int, in_features: int, where: str) -> int:
     """The group size to use on OpenVINO's CPU plugin, which computes wrong results for many others without an error.
 

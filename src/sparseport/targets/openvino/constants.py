@@ -105,7 +105,8 @@ def _swap_quantized(node: Any, module: str, weight: StoredQuantized, store: Weig
         ops.multiply(value, _constant(weight.scales, f"{module}.scales", store, alive)), f"{module}/dequantized"
     )
     if len(weight.codes.shape) == 3:
-        shape = ops.constant(np.array([weight.out_features, weight.in_features], np.int64), name=f"{module}/shape")
+        columns = weight.codes.shape[1] * weight.codes.shape[2]
+        shape = ops.constant(np.array([weight.out_features, columns], np.int64), name=f"{module}/shape")
         value = _named(ops.reshape(value, shape, False), f"{module}/reshape")
     if compute != Type.f32:
         value = _convert(value, Type.f32)
@@ -121,7 +122,7 @@ def _swap_quantized(node: Any, module: str, weight: StoredQuantized, store: Weig
             )
         matmul_input.replace_source_output(value.output(0))
         if weight.input_order is not None:
-            # Act-order: columns are stored sorted by group, so the activation is gathered in the same order.
+            # Columns lie sorted by group (act-order), or groups are filled up: the activation is gathered to fit.
             order = _constant(weight.input_order, f"{module}.input_order", store, alive)
             axis = ops.constant(np.array(-1, np.int32), name=f"{module}/gather_axis")
             gathered = _named(ops.gather(matmul.input_value(0), order, axis), f"{module}/gather")

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from sparseport.errors import VerificationError
+from sparseport.weights.grouping import without_filling
 from sparseport.weights.linear import U8, DenseWeight, QuantizedWeight
 
 
@@ -128,6 +129,7 @@ def _read_quantized(node: Any, kind: str) -> ReadBack:
         bits=bits,
         input_order=_input_order(inputs, module),
     )
+    weight = without_filling(weight, module)
     return ReadBack(module if name.endswith(".codes") else name, weight, kind, _names(inputs))
 
 

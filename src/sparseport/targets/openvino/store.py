@@ -37,7 +37,9 @@ class StoredQuantized:
     codes        u4 or i4 [out, groups, group]; [out, in] for one group per row
     zero_points  u4 [out, groups, 1], or None when codes are i4 (code - 8, every zero-point 8)
     scales       f16 or f32 [out, groups, 1]
-    input_order  i32 [in] or None
+    input_order  i32 [columns], the input of each stored column, or None; more columns than inputs where groups are
+                 filled up with zeros
+    in_features  inputs of the layer
     """
 
     codes: Block
@@ -101,7 +103,7 @@ class WeightStore:
             scales=self._append(scales, "f16" if scales.dtype == np.float16 else "f32", narrow),
             input_order=None if order is None else self._append(order.astype(np.int32), "i32", order.shape),
             out_features=out,
-            in_features=cols,
+            in_features=cols if order is None else int(order.max()) + 1,
         )
 
     def view(self, block: Block) -> U8:

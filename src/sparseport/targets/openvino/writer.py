@@ -19,7 +19,7 @@ from sparseport.targets.openvino.folder import (
     write_openvino_config,
 )
 from sparseport.targets.openvino.store import StoredDense, StoredQuantized, WeightStore
-from sparseport.weights.grouping import regroup
+from sparseport.weights.grouping import for_openvino
 from sparseport.weights.linear import Array, DenseWeight, QuantizedWeight
 
 XML = "openvino_model.xml"
@@ -86,10 +86,10 @@ class OpenVinoWriter:
         self._store.close()
 
     def add_linear(self, module: str, weight: QuantizedWeight | DenseWeight, stored_group: int | None) -> None:
-        """Store a linear layer's weight; a quantised one is split into `stored_group` columns per group."""
+        """Store a linear layer's weight; a quantised one in groups of `stored_group` (see `openvino_layout`)."""
         if isinstance(weight, QuantizedWeight):
             assert stored_group is not None
-            self._stored[f"{module}.weight"] = self._store.add_quantized(regroup(weight, stored_group))
+            self._stored[f"{module}.weight"] = self._store.add_quantized(for_openvino(weight, stored_group))
         else:
             self._stored[f"{module}.weight"] = self._store.add_dense(weight.values)
 
