@@ -66,6 +66,8 @@ def fill_groups(weight: QuantizedWeight, group_size: int) -> QuantizedWeight:
     more = group_size - weight.group_size
     if more < 0:
         raise Unsupported("groups cannot be filled to fewer columns", expected=weight.group_size, found=group_size)
+    if more == 0:
+        return weight
     order = np.arange(cols, dtype=np.int32) if weight.input_order is None else weight.input_order
     inputs = order.reshape(weight.groups, weight.group_size)
     inputs = np.concatenate([inputs, np.repeat(inputs[:, :1], more, axis=1)], axis=1)
