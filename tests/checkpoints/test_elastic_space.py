@@ -1,16 +1,29 @@
-"""The search space of an elastic adapter, and the ranks chosen from it."""
+"""The search space of an elastic adapter, and the sub-adapter chosen from it."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from sparseport.checkpoints.elastic import ElasticGroup, choose_ranks, read_search_space, write_search_space
+from sparseport.checkpoints.elastic import (
+    ElasticGroup,
+    SearchSpace,
+    Selection,
+    choose,
+    choose_ranks,
+    open_search_space,
+    read_search_space,
+    write_search_space,
+)
 from sparseport.errors import BadInput, UsageError
 
 Q, K, UP = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj", "model.layers.1.mlp.up_proj"
 GROUPS = [ElasticGroup((Q, K), (32, 28, 24, 20)), ElasticGroup((UP,), (16, 12, 8))]
+# LoNAS: the rank of the update and the width of the layer are two groups.
+WIDE = SearchSpace((*GROUPS, ElasticGroup((UP,), (11008, 9632, 8256, 6880, 5504), "width")))
 
 
 def target(module: str) -> str:
@@ -41,6 +54,13 @@ def test_written_form_is_literal(tmp_path):
         {"target": [target(UP)], "search_space": [16, 12, 8]},
     ]
     assert read_search_space(path) == GROUPS
+    assert open_search_space(path) == SearchSpace(tuple(GROUPS))
+
+
+def test_widths_cannot_be_written_as_ranks(tmp_path):
+    with pytest.raises(UsageError, match="widths"):
+        write_search_space(tmp_path / "x.json", WIDE.groups)
+    assert not (tmp_path / "x.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -94,10 +114,66 @@ def test_bad_custom_choice(case, tmp_path):
     assert text in str(caught.value) and str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("choice", "width", "ranks"),
+    [("maximal", 11008, (32, 16)), ("heuristic", 8256, (28, 12)), ("minimal", 5504, (20, 8))],
+)
+def test_named_choices_of_ranks_and_widths(choice, width, ranks):
+    first, second = ranks
+    # The adapter's ranks say nothing about widths: 16 is no bound for them.
+    assert choose(WIDE, choice, trained={Q: 32, K: 32, UP: 16, "another": 4}) == Selection(
+        ranks={Q: first, K: first, UP: second}, widths={UP: width}
+    )
+
+
+@given(picks=st.lists(st.integers(0, 4), min_size=3, max_size=3))
+def test_list_of_numbers_names_groups_in_order(picks, tmp_path_factory):
+    sizes = [group.ranks[pick % len(group.ranks)] for group, pick in zip(WIDE.groups, picks, strict=True)]
+    path = write(tmp_path_factory.getbasetemp() / "numbers.json", sizes)
+    chosen = Selection(ranks={Q: sizes[0], K: sizes[0], UP: sizes[1]}, widths={UP: sizes[2]})
+    assert choose(WIDE, path) == chosen
+    assert choose_ranks(GROUPS, write(path, sizes[:2])) == chosen.ranks
+
+
+NUMBERS = {
+    "too few": ([32, 16], "3 numbers"),
+    "too many": ([32, 16, 11008, 8], "3 numbers"),
+    "rank of no group": ([30, 16, 11008], "one of [32, 28, 24, 20]"),
+    "rank between two": ([32, 14, 11008], "one of [16, 12, 8]"),
+    "width of no group": ([32, 16, 10000], "one of [11008, 9632, 8256, 6880, 5504]"),
+    "order of another space": ([11008, 32, 16], "one of [32, 28, 24, 20]"),
+    "a bool among them": ([32, 16, True], "one number per group"),
+    "a float among them": ([32, 16, 11008.0], "one number per group"),
+    "empty": ([], "one number per group"),
+}
+
+
+@pytest.mark.parametrize("case", NUMBERS)
+def test_bad_list_of_numbers(case, tmp_path):
+    sizes, text = NUMBERS[case]
+    path = write(tmp_path / "numbers.json", sizes)
+    with pytest.raises(BadInput) as caught:
+        choose(WIDE, path)
+    assert text in str(caught.value) and str(path) in str(caught.value) and caught.value.code == "E_ELASTIC"
+
+
+def test_ranks_alone_do_not_choose_widths(tmp_path):
+    path = write(
+        tmp_path / "custom.json",
+        [{"target": [target(Q), target(K)], "active_rank_value": 24}, {"target": [target(UP)], "active_rank_value": 8}],
+    )
+    assert choose(SearchSpace(tuple(GROUPS)), path) == Selection({Q: 24, K: 24, UP: 8}, {})
+    with pytest.raises(BadInput, match="3 whole numbers") as caught:
+        choose(WIDE, path)
+    assert caught.value.fix
+
+
 def test_choice_against_the_adapter():
     with pytest.raises(BadInput, match=r"one of \[24, 20\]") as caught:
         choose_ranks(GROUPS, "maximal", trained={Q: 32, K: 24, UP: 16})
     assert K in str(caught.value)
+    with pytest.raises(BadInput, match=r"one of \[12, 8\]"):
+        choose(WIDE, "maximal", trained={Q: 32, K: 32, UP: 12})
     with pytest.raises(BadInput, match=UP):
         choose_ranks(GROUPS, "minimal", trained={Q: 32, K: 32})
     with pytest.raises(UsageError, match="maximal, heuristic, minimal"):

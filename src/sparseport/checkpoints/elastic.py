@@ -1,38 +1,90 @@
-"""The search space of an elastic adapter (SQFT's elastic_adapter_config.json) and the choice of ranks from it.
+"""The search space of an elastic adapter, and the choice of a sub-adapter from it.
 
-The file is a list of groups: modules that share one rank, and the ranks they were trained with, the largest first:
+SQFT saves a list of groups: modules that share one rank, and the ranks they were trained with, the largest first:
 
     [{"target": ["base_model.model.model.layers.0.self_attn.q_proj.lora_A", ...], "search_space": [32, 24, 16]}, ...]
 
-Adapted modules that are in no group keep their full rank.
+Shears, LoNAS and SQFT's first releases have an NNCF configuration (`nncf_space`); LoNAS has widths beside ranks there:
+how many rows of a layer are kept, always the first ones. Adapted modules in no group keep their full rank and width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sparseport.checkpoints.json_files import read_json, write_json
-from sparseport.checkpoints.peft import PREFIX
+from sparseport.checkpoints.nncf_space import nncf_groups
+from sparseport.checkpoints.peft import PREFIX, SEARCH_SPACE_FILES
 from sparseport.errors import BadInput, UsageError
 
-FILE_NAME = "elastic_adapter_config.json"
+FILE_NAME = SEARCH_SPACE_FILES[0]
 CHOICES = ("maximal", "heuristic", "minimal")
 _SUFFIXES = (".lora_A.default", ".lora_A")
+_MAX_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
 class ElasticGroup:
-    """Modules that were trained with one shared rank.
+    """Modules that were trained with one shared size.
 
-    targets  names of base modules (`model.layers.0.self_attn.q_proj`)
-    ranks    trained ranks in the order of the file: first = maximal, last = minimal
+    targets  names of base modules (`model.layers.0.self_attn.q_proj`), each once
+    ranks    trained sizes in the order of the file: first = maximal, last = minimal
+    kind     "rank": the sizes are ranks of the modules' updates; "width": rows that are kept of the modules' weights,
+             and of their lora_B where they have one
     """
 
     targets: tuple[str, ...]
     ranks: tuple[int, ...]
+    kind: str = "rank"
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """All groups of a super-adapter.
+
+    groups  in the order in which a list of sizes names them
+    """
+
+    groups: tuple[ElasticGroup, ...]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A chosen sub-adapter; modules that are not named keep what they have.
+
+    ranks   base module -> rank of its update
+    widths  base module -> rows that are kept, counted from the first
+    """
+
+    ranks: dict[str, int] = field(default_factory=dict)
+    widths: dict[str, int] = field(default_factory=dict)
+
+
+def open_search_space(path: Path | str, *, layers: int | None = None) -> SearchSpace:
+    """The search space in a file of any of the systems; the content tells which.
+
+    layers  num_hidden_layers of the base model; needed where the file writes a group once for all layers (Shears)
+
+    An NNCF configuration may have comments and trailing commas, as NNCF itself accepts them.
+
+    Raises:
+        BadInput: E_ELASTIC for a file that is no search space, that contradicts itself, or that needs `layers`.
+        Unsupported: E_ELASTIC for an NNCF configuration with other dimensions than width, or with re-ordered rows.
+    """
+    path = Path(path)
+    content = read_json(path, limit=_MAX_BYTES, what="search space", allow_list=True, loose=True)
+    if isinstance(content, list):
+        return SearchSpace(tuple(read_search_space(path)))
+    seen: set[tuple[str, str]] = set()
+    return SearchSpace(
+        tuple(
+            _group(group.kind, group.modules, group.sizes, group.where, seen)
+            for group in nncf_groups(content, str(path), layers=layers)
+        )
+    )
 
 
 def read_search_space(path: Path | str) -> list[ElasticGroup]:
@@ -43,32 +95,21 @@ def read_search_space(path: Path | str) -> list[ElasticGroup]:
     """
     path = Path(path)
     groups: list[ElasticGroup] = []
-    seen: set[str] = set()
+    seen: set[tuple[str, str]] = set()
     for number, entry in enumerate(_entries(path, "search space")):
         where = f"{path}, group {number}"
-        ranks = entry.get("search_space")
-        if not isinstance(ranks, list) or not ranks or any(type(r) is not int or r < 1 for r in ranks):
-            raise BadInput(
-                "search_space is no list of ranks",
-                where=where,
-                expected="whole numbers above 0",
-                found=repr(ranks)[:80],
-                code="E_ELASTIC",
-            )
-        if len(set(ranks)) != len(ranks) or max(ranks) != ranks[0] or min(ranks) != ranks[-1]:
-            raise BadInput(
-                "search_space does not run from the largest rank to the smallest",
-                where=where,
-                found=repr(ranks)[:80],
-                fix="list each rank once, the largest first",
-                code="E_ELASTIC",
-            )
-        groups.append(ElasticGroup(_modules(entry, where, seen), tuple(ranks)))
+        groups.append(_group("rank", _modules(entry, where), entry.get("search_space"), where, seen))
     return groups
 
 
 def write_search_space(path: Path | str, groups: Sequence[ElasticGroup]) -> None:
-    """Write groups in the form that `read_search_space` and SQFT's scripts read."""
+    """Write groups in the form that `read_search_space` and SQFT's scripts read.
+
+    Raises:
+        UsageError: there is a width among them; the form has ranks only.
+    """
+    if any(group.kind != "rank" for group in groups):
+        raise UsageError("elastic_adapter_config.json holds ranks only, and a group has widths", where=path)
     write_json(
         Path(path),
         [
@@ -78,28 +119,30 @@ def write_search_space(path: Path | str, groups: Sequence[ElasticGroup]) -> None
     )
 
 
-def choose_ranks(
-    groups: Sequence[ElasticGroup], choice: str | Path, *, trained: Mapping[str, int] | None = None
-) -> dict[str, int]:
-    """Module -> rank for a named choice, or for a file of SQFT's custom form.
+def choose(space: SearchSpace, choice: str | Path, *, trained: Mapping[str, int] | None = None) -> Selection:
+    """The sizes of a named choice, or of a file.
 
-    choice   maximal (first rank), heuristic (the rank at index (n - 1) // 2), minimal (last), or the path of a list of
-             {"target": [...], "active_rank_value": rank} that names every module of the search space once
-    trained  module -> rank of the adapter's tensors, to check against
+    choice   maximal (first size), heuristic (the size at index (n - 1) // 2), minimal (last), or the path of a list:
+             whole numbers, one per group in the order of the space; or {"target": [...], "active_rank_value": rank}
+             objects that name every module of a space without widths
+    trained  module -> rank of the adapter's tensors, to check the ranks against
 
     Raises:
-        BadInput: an unknown or forgotten module, or a rank that was not trained; the message has the allowed values.
+        BadInput: an unknown or forgotten module, a wrong number of sizes, or a size that was not trained; the message
+            has the allowed values.
         UsageError: `choice` is text, but none of the names.
     """
-    spaces = {module: group.ranks for group in groups for module in group.targets}
     if isinstance(choice, Path):
-        ranks = _custom(choice, spaces)
+        selection = _from_file(choice, space)
         origin = str(choice)
     elif choice in CHOICES:
-        ranks = {
-            module: space[{"maximal": 0, "heuristic": (len(space) - 1) // 2, "minimal": -1}[choice]]
-            for module, space in spaces.items()
-        }
+        selection = _selection(
+            space,
+            [
+                group.ranks[{"maximal": 0, "heuristic": (len(group.ranks) - 1) // 2, "minimal": -1}[choice]]
+                for group in space.groups
+            ],
+        )
         origin = f"sub-adapter {choice}"
     else:
         raise UsageError(
@@ -107,8 +150,68 @@ def choose_ranks(
             expected=", ".join(CHOICES) + ", or the path of a JSON file",
             found=repr(choice),
         )
-    for module, rank in ranks.items() if trained is not None else ():
-        assert trained is not None
+    if trained is not None:
+        _check_trained(selection, _spaces(space), trained, origin)
+    return selection
+
+
+def choose_ranks(
+    groups: Sequence[ElasticGroup], choice: str | Path, *, trained: Mapping[str, int] | None = None
+) -> dict[str, int]:
+    """Module -> rank, as `choose` finds it for groups of ranks.
+
+    Raises:
+        BadInput, UsageError: as `choose`.
+    """
+    return choose(SearchSpace(tuple(groups)), choice, trained=trained).ranks
+
+
+def _group(kind: str, modules: tuple[str, ...], sizes: object, where: str, seen: set[tuple[str, str]]) -> ElasticGroup:
+    label = "search_space" if kind == "rank" else "list of widths"
+    if not isinstance(sizes, list) or not sizes or any(type(size) is not int or size < 1 for size in sizes):
+        raise BadInput(
+            f"{label} is no list of {kind}s",
+            where=where,
+            expected="whole numbers above 0",
+            found=repr(sizes)[:80],
+            fix=f"list the {kind}s of the training run, the largest first",
+            code="E_ELASTIC",
+        )
+    if len(set(sizes)) != len(sizes) or max(sizes) != sizes[0] or min(sizes) != sizes[-1]:
+        raise BadInput(
+            f"{label} does not run from the largest {kind} to the smallest",
+            where=where,
+            found=repr(sizes)[:80],
+            fix=f"list each {kind} once, the largest first",
+            code="E_ELASTIC",
+        )
+    for module in modules:
+        if (kind, module) in seen:
+            raise BadInput(
+                "module is in more than one group",
+                where=f"{where}, module {module}",
+                fix=f"give the module's {kind} in one group",
+                code="E_ELASTIC",
+            )
+        seen.add((kind, module))
+    return ElasticGroup(modules, tuple(sizes), kind)
+
+
+def _selection(space: SearchSpace, sizes: Sequence[int]) -> Selection:
+    selection = Selection()
+    for group, size in zip(space.groups, sizes, strict=True):
+        (selection.ranks if group.kind == "rank" else selection.widths).update(dict.fromkeys(group.targets, size))
+    return selection
+
+
+def _spaces(space: SearchSpace) -> dict[str, tuple[int, ...]]:
+    return {module: group.ranks for group in space.groups if group.kind == "rank" for module in group.targets}
+
+
+def _check_trained(
+    selection: Selection, spaces: Mapping[str, tuple[int, ...]], trained: Mapping[str, int], origin: str
+) -> None:
+    for module, rank in selection.ranks.items():
         if module not in trained:
             raise BadInput(
                 "the search space names a module that the adapter does not have",
@@ -126,16 +229,53 @@ def choose_ranks(
                 found=rank,
                 code="E_ELASTIC",
             )
-    return ranks
+
+
+def _from_file(path: Path, space: SearchSpace) -> Selection:
+    content = read_json(path, limit=_MAX_BYTES, what="custom sub-adapter", allow_list=True)
+    if isinstance(content, list) and content and all(type(value) is int for value in content):
+        return _listed(path, content, space)
+    if any(group.kind != "rank" for group in space.groups):
+        raise BadInput(
+            "the custom sub-adapter has ranks only, and the search space has widths too",
+            where=path,
+            expected=f"a list of {len(space.groups)} whole numbers, one per group",
+            fix="give one number per group, in the order of the search space",
+            code="E_ELASTIC",
+        )
+    return Selection(ranks=_custom(path, _spaces(space)))
+
+
+def _listed(path: Path, sizes: list[int], space: SearchSpace) -> Selection:
+    if len(sizes) != len(space.groups):
+        raise BadInput(
+            "the custom sub-adapter does not have one number per group",
+            where=path,
+            expected=f"{len(space.groups)} numbers",
+            found=len(sizes),
+            fix="a group that is written once for all layers counts once per layer",
+            code="E_ELASTIC",
+        )
+    for number, (group, size) in enumerate(zip(space.groups, sizes, strict=True)):
+        if size not in group.ranks:
+            raise BadInput(
+                f"{group.kind} is not in the search space",
+                where=f"{path}, number {number}, module {group.targets[0]}",
+                expected=f"one of {list(group.ranks)}",
+                found=str(size)[:40],
+                code="E_ELASTIC",
+            )
+    return _selection(space, sizes)
 
 
 def _custom(path: Path, spaces: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     ranks: dict[str, int] = {}
-    seen: set[str] = set()
     for number, entry in enumerate(_entries(path, "custom sub-adapter")):
         where = f"{path}, group {number}"
         rank = entry.get("active_rank_value")
-        for module in _modules(entry, where, seen):
+        for module in _modules(entry, where):
+            if module in ranks:
+                raise BadInput("module is in more than one group", where=f"{where}, module {module}", code="E_ELASTIC")
             if module not in spaces:
                 raise BadInput(
                     "the custom sub-adapter names a module outside the search space",
@@ -165,7 +305,7 @@ def _custom(path: Path, spaces: Mapping[str, tuple[int, ...]]) -> dict[str, int]
 
 
 def _entries(path: Path, what: str) -> list[dict[str, Any]]:
-    entries = read_json(path, what=what, allow_list=True)
+    entries = read_json(path, limit=_MAX_BYTES, what=what, allow_list=True)
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise BadInput(
             f"{what} is no list of groups", where=path, expected='[{"target": [...], ...}, ...]', code="E_ELASTIC"
@@ -173,7 +313,7 @@ def _entries(path: Path, what: str) -> list[dict[str, Any]]:
     return entries
 
 
-def _modules(entry: Mapping[str, Any], where: str, seen: set[str]) -> tuple[str, ...]:
+def _modules(entry: Mapping[str, Any], where: str) -> tuple[str, ...]:
     targets = entry.get("target")
     if not isinstance(targets, list) or not targets or not all(isinstance(t, str) for t in targets):
         raise BadInput("target is no list of names", where=where, found=repr(targets)[:80], code="E_ELASTIC")
@@ -188,9 +328,5 @@ def _modules(entry: Mapping[str, Any], where: str, seen: set[str]) -> tuple[str,
                 found=repr(target)[:120],
                 code="E_ELASTIC",
             )
-        module = target[len(PREFIX) : -len(suffix)]
-        if module in seen:
-            raise BadInput("module is in more than one group", where=f"{where}, module {module}", code="E_ELASTIC")
-        seen.add(module)
-        modules.append(module)
+        modules.append(target[len(PREFIX) : -len(suffix)])
     return tuple(modules)

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from sparseport.checkpoints.loose_json import strict_text
 from sparseport.checkpoints.paths import open_regular
 from sparseport.checkpoints.sniff import SNIFF_BYTES, recognise
 from sparseport.errors import BadInput
@@ -18,11 +19,14 @@ class _Refused(ValueError):
     """A JSON text that parses, but breaks one of our rules; the text says which."""
 
 
-def read_json(path: Path, *, limit: int = 64 << 20, what: str = "config", allow_list: bool = False) -> Any:
+def read_json(
+    path: Path, *, limit: int = 64 << 20, what: str = "config", allow_list: bool = False, loose: bool = False
+) -> Any:
     """The object in a JSON file (with `allow_list`, an array is fine too).
 
     limit  largest size in bytes; checked before reading
     what   what the file is, for the message
+    loose  comments and trailing commas are fine too; the rules below hold all the same
 
     Refuses a byte-order mark, duplicate keys, NaN and Infinity (also numbers that overflow to infinity), nesting deeper
     than 32, and text that is not UTF-8.
@@ -38,14 +42,14 @@ def read_json(path: Path, *, limit: int = 64 << 20, what: str = "config", allow_
         raise BadInput(f"{what} is empty", where=path, fix="download it again", code="E_JSON")
     if meaning := recognise(data[:SNIFF_BYTES]):
         raise BadInput(f"{what} is {meaning}", where=path, expected="a JSON file", code="E_JSON")
-    value = parse_json(data, where=str(path), what=what)
+    value = parse_json(data, where=str(path), what=what, loose=loose)
     if not isinstance(value, (dict, list) if allow_list else dict):
         expected = "a JSON object or array" if allow_list else "a JSON object"
         raise BadInput(f"{what} has the wrong shape", where=path, expected=expected, found=_kind(value), code="E_JSON")
     return value
 
 
-def parse_json(data: bytes, *, where: str, what: str, code: str = "E_JSON") -> Any:
+def parse_json(data: bytes, *, where: str, what: str, code: str = "E_JSON", loose: bool = False) -> Any:
     """The value of a JSON text under the rules of `read_json`.
 
     Raises:
@@ -57,6 +61,8 @@ def parse_json(data: bytes, *, where: str, what: str, code: str = "E_JSON") -> A
         raise BadInput(f"{what} is not UTF-8", where=f"{where}, byte {error.start}", code=code) from None
     if text.startswith("\ufeff"):
         raise BadInput(f"{what} starts with a byte-order mark", where=where, fix="save it as plain UTF-8", code=code)
+    if loose:
+        text = strict_text(text)
     try:
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
     except RecursionError:

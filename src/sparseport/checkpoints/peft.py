@@ -1,7 +1,8 @@
 """LoRA adapters in the folder layout of PEFT and SQFT: adapter_config.json and adapter_model.safetensors.
 
-delta W = (lora_alpha / r) * (B @ A), with r and lora_alpha from the config: an extracted SQFT sub-adapter has tensors
-of lower rank, and keeps the scaling of its super-adapter. Options that would change this formula are refused by name.
+delta W = scaling * (B @ A), with scaling = lora_alpha / r from the config: an extracted SQFT sub-adapter has tensors of
+lower rank, and keeps the scaling of its super-adapter. rank_pattern, alpha_pattern and use_rslora are followed; every
+other option that would change this formula is refused by name.
 """
 
 from __future__ import annotations
@@ -18,13 +19,25 @@ import numpy as np
 from sparseport.checkpoints.folder import ModelFolder, natural
 from sparseport.checkpoints.json_files import read_json, write_json
 from sparseport.checkpoints.paths import bare_file, file_sha256
-from sparseport.checkpoints.peft_options import check_options, read_alpha, read_flag, read_rank, read_targets
+from sparseport.checkpoints.peft_options import (
+    alphas_by_module,
+    check_options,
+    lora_scaling,
+    ranks_by_module,
+    read_alpha,
+    read_flag,
+    read_rank,
+    read_rslora,
+    read_targets,
+)
 from sparseport.checkpoints.pickles import convert_pickle
 from sparseport.checkpoints.safetensors import SafeTensorsFile, spec_of, write_safetensors
 from sparseport.errors import BadInput, FidelityError, Unsupported
 from sparseport.weights.linear import Array, LowRankBranch
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+# Where an elastic adapter's search space lies, beside the adapter: today's SQFT, and its first releases.
+SEARCH_SPACE_FILES = ("elastic_adapter_config.json", "nncf_config.json")
 PREFIX = "base_model.model."
 _SUFFIXES = {
     ".lora_A.weight": "A",
@@ -38,7 +51,9 @@ _FLOATS = ("F16", "BF16", "F32")
 class AdapterFolder:
     """A LoRA adapter, opened and checked; tensors are read on demand.
 
-    r, alpha            as in the config; `scaling` is alpha / r, whatever the tensors' ranks
+    r, alpha            as in the config, for modules that no pattern names
+    use_rslora          scalings are alpha / sqrt(r), not alpha / r
+    scaling             of modules that no pattern names, whatever the tensors' ranks; `scaling_of` is the exact one
     sparse_adapter      SQFT: the update is masked by the sparse base (SparsePEFT)
     quantization_aware  SQFT: the merge requantises on the base's scales (QA-SparsePEFT)
     target_modules      the config's list; one entry when the config holds a pattern
@@ -50,7 +65,8 @@ class AdapterFolder:
         where = str(path / CONFIG)
         self.path, self.config = path, config
         self.r, self.alpha = read_rank(config, where), read_alpha(config, where)
-        self.scaling = self.alpha / self.r
+        self.use_rslora = read_rslora(config, where)
+        self.scaling = lora_scaling(self.alpha, self.r, self.use_rslora)
         self.sparse_adapter = read_flag(config, "sparse_adapter", where)
         self.quantization_aware = read_flag(config, "quantization_aware", where)
         self.target_modules = read_targets(config, where)
@@ -60,7 +76,13 @@ class AdapterFolder:
         self._file, self._source = file, source
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._tensors = _pairs(file, source)
+        self._declared = ranks_by_module(config, self._tensors, where)
+        self._alphas = alphas_by_module(config, self._tensors, where)
         self._check_shapes()
+        used = self.search_space_file()
+        for name in SEARCH_SPACE_FILES:
+            if used is not None and name != used.name and (path / name).exists():
+                self.warnings.append(f"{name} is not used: {used.name} is present")
 
     @classmethod
     def open(cls, path: Path | str, *, allow_pickle: bool = False) -> AdapterFolder:
@@ -113,6 +135,16 @@ class AdapterFolder:
         """Module -> rank of its tensors."""
         return {module: self._file.info(self._tensors[module]["A"]).shape[0] for module in self.modules()}
 
+    def scaling_of(self, module: str) -> float:
+        """The factor of a module's update: alpha / r (with use_rslora alpha / sqrt(r)) of the module's own alpha and r,
+        also where an extracted sub-adapter has tensors of lower rank.
+
+        Raises:
+            BadInput: the adapter has no such module.
+        """
+        self._pair(module)
+        return lora_scaling(self._alphas[module], self._declared[module], self.use_rslora)
+
     def shape(self, module: str) -> tuple[int, int]:
         """[out, in] of the weight that the module's update is for.
 
@@ -144,7 +176,7 @@ class AdapterFolder:
                     fix="the training run diverged; use an earlier checkpoint of the adapter",
                 )
             arrays[side] = array
-        return LowRankBranch(arrays["A"], arrays["B"], self.scaling)
+        return LowRankBranch(arrays["A"], arrays["B"], self.scaling_of(module))
 
     def no_op(self) -> bool:
         """Whether every B is zero, so that the adapter changes nothing."""
@@ -192,9 +224,15 @@ class AdapterFolder:
 
     def input_files(self) -> list[Path]:
         """The files that have a say in the result."""
-        files = [self.path / CONFIG, self._source]
-        elastic = self.path / "elastic_adapter_config.json"
-        return files + ([bare_file(self.path, elastic.name, elastic.name)] if elastic.exists() else [])
+        space = self.search_space_file()
+        return [self.path / CONFIG, self._source] + ([space] if space else [])
+
+    def search_space_file(self) -> Path | None:
+        """The file beside the adapter that holds its search space, or None."""
+        for name in SEARCH_SPACE_FILES:
+            if (self.path / name).exists():
+                return bare_file(self.path, name, name)
+        return None
 
     def sha256(self) -> dict[str, str]:
         """File name -> SHA-256 (hex)."""
@@ -261,11 +299,11 @@ class AdapterFolder:
                     found=b.shape[1],
                     code="E_ADAPTER",
                 )
-            if a.shape[0] > self.r:
+            if a.shape[0] > self._declared[module]:
                 raise BadInput(
-                    "the tensor's rank is above the config's r",
+                    "the tensor's rank is above the config's r, or above what rank_pattern gives the module",
                     where=f"{self._source}, tensor {a.name}",
-                    expected=f"at most {self.r}",
+                    expected=f"at most {self._declared[module]}",
                     found=a.shape[0],
                     code="E_ADAPTER",
                 )
