@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from sparseport.checkpoints.detect import open_linears
 from sparseport.checkpoints.folder import ModelFolder
 from sparseport.checkpoints.gptq import (
     GptqConfig,
@@ -21,7 +22,7 @@ from sparseport.checkpoints.gptq import (
 )
 from sparseport.checkpoints.safetensors import spec_of, write_safetensors
 from sparseport.errors import BadInput, FidelityError, Unsupported
-from sparseport.weights.linear import QuantizedWeight
+from sparseport.weights.linear import DenseWeight, QuantizedWeight
 from sparseport.weights.packing import ZeroPointStorage
 
 V1, V2 = ZeroPointStorage.V1, ZeroPointStorage.V2
@@ -281,10 +282,13 @@ def test_layers_that_store_differently(tmp_path):
         ({"sym": 1}, BadInput),
         ({"desc_act": "no"}, BadInput),
         ({"data_type": "fp4"}, Unsupported),
-        ({"dynamic": {"x": {"bits": 8}}}, Unsupported),
         ({"packing_format": "auto_round:auto_awq"}, Unsupported),
         ({"pack_dtype": "int8"}, Unsupported),
-        ({"extra_config": {"x": {}}}, Unsupported),
+        ({"super_bits": 6}, Unsupported),
+        ({"act_bits": 8}, Unsupported),
+        ({"is_marlin_format": True}, Unsupported),
+        ({"adapter": {"path": "x"}}, Unsupported),
+        ({"rotation": "hadamard"}, Unsupported),
     ],
 )
 def test_settings_that_are_refused(tmp_path, change, kind):
@@ -293,6 +297,89 @@ def test_settings_that_are_refused(tmp_path, change, kind):
     with pytest.raises(kind) as caught:
         read(path)
     assert str(path) in str(caught.value)
+
+
+# --- layers with settings of their own ----------------------------------------------------------------------------
+
+OTHER = "model.layers.0.mlp.down_proj"
+VARYING = [{"dynamic": {"+:.*down_proj": {"group_size": 128}}}, {"extra_config": {OTHER: {"group_size": 128}}}]
+
+
+def read_all(path: Path, **options) -> dict[str, QuantizedWeight | DenseWeight]:
+    with ModelFolder.open(path) as folder:
+        linears = open_linears(folder, **options)
+        for module in folder.linear_names():
+            form = linears.format_of(module)
+            assert form.shape == linears.read(module).shape
+            assert not form.quantized or form.group_size == linears.read(module).group_size
+        return {module: linears.read(module) for module in folder.linear_names()}
+
+
+@pytest.mark.parametrize("varying", VARYING, ids=lambda v: next(iter(v)))
+@pytest.mark.parametrize(("group", "columns"), [(16, 64), (128, 128), (64, 64), (96, 192)])
+@pytest.mark.parametrize("storage", [V1, V2])
+def test_layers_with_other_group_sizes(tmp_path, varying, group, columns, storage):
+    """The settings of one layer are matched by patterns that are not read: the shapes tell its group size."""
+    layer, other = weight(), weight(columns=columns, group=group, seed=1)
+    tensors = {**gptq_tensors(NAME, layer, storage), **gptq_tensors(OTHER, other, storage)}
+    found = read_all(save(tmp_path / "a", quantization_config(layer, storage, **varying), tensors))
+    assert_equal(found[NAME], layer)
+    assert_equal(found[OTHER], other)
+    with pytest.raises(BadInput, match=rf"{OTHER}\.q"):
+        read_all(save(tmp_path / "b", quantization_config(layer, storage), tensors))
+
+
+@pytest.mark.parametrize("varying", VARYING, ids=lambda v: next(iter(v)))
+def test_other_group_sizes_with_act_order(tmp_path, varying):
+    order = np.random.default_rng(0).permutation(128).reshape(2, 64)
+    order = np.sort(order, axis=1).reshape(-1).astype(np.int32)
+    layer, other = weight(), weight(columns=128, group=64, order=order)
+    tensors = {**gptq_tensors(NAME, layer, V1), **gptq_tensors(OTHER, other, V1)}
+    found = read_all(save(tmp_path, quantization_config(layer, V1, desc_act=True, **varying), tensors))
+    assert_equal(found[NAME], layer)
+    assert_equal(found[OTHER], other)
+
+
+@pytest.mark.parametrize("varying", [{}, *VARYING], ids=lambda v: next(iter(v), "none"))
+def test_dense_layers_among_quantised_ones(tmp_path, varying):
+    layer = weight()
+    plain = np.random.default_rng(0).normal(size=(8, 24)).astype(np.float16)
+    tensors = {**gptq_tensors(NAME, layer, V1), f"{OTHER}.weight": plain}
+    found = read_all(save(tmp_path, quantization_config(layer, V1, **varying), tensors))
+    assert_equal(found[NAME], layer)
+    assert isinstance(found[OTHER], DenseWeight) and found[OTHER].mask is None
+    assert np.array_equal(found[OTHER].values, plain)
+
+
+@pytest.mark.parametrize("varying", VARYING, ids=lambda v: next(iter(v)))
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize(("bits", "label"), [(2, "gptq"), (3, "gptq"), (8, "gptq"), (8, "gptq_v2"), (8, ...)])
+def test_a_layer_of_other_bits_is_refused_as_such(tmp_path, varying, sym, bits, label):
+    """Not as damaged zero-points, which is what its words look like to a reader of four bits."""
+    layer = weight(zero=8 if sym else None)
+    storage = V2 if label == "gptq_v2" else V1
+    other = {
+        f"{OTHER}.qweight": np.zeros((64 * bits // 32, 32), np.int32),
+        f"{OTHER}.qzeros": np.full((2, 32 * bits // 32), 0x7F7F7F7F, np.int32),
+        f"{OTHER}.scales": np.ones((2, 32), np.float16),
+        f"{OTHER}.g_idx": (np.arange(64) // 32).astype(np.int32),
+    }
+    config = quantization_config(layer, storage, sym=sym, checkpoint_format=label, **varying)
+    path = save(tmp_path, config, {**gptq_tensors(NAME, layer, storage), **other})
+    with pytest.raises(Unsupported) as caught:
+        read_all(path)
+    assert caught.value.code == "E_BITS" and caught.value.found == str(bits) and caught.value.fix
+    assert caught.value.where == f"{path}, tensor {OTHER}.qweight"
+
+
+@pytest.mark.parametrize("rows", [3, 0])
+def test_shapes_that_tell_no_group_size(tmp_path, rows):
+    layer = weight()
+    tensors = gptq_tensors(NAME, layer, V1)
+    tensors[f"{NAME}.scales"] = np.ones((rows, 16), np.float16)
+    tensors[f"{NAME}.qzeros"] = np.zeros((max(rows, 1), 2), np.int32)
+    with pytest.raises(BadInput, match="shape"):
+        read_all(save(tmp_path, quantization_config(layer, V1, **VARYING[0]), tensors))
 
 
 def test_no_settings(tmp_path):

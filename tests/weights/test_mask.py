@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from sparseport.weights.linear import DenseWeight, QuantizedWeight
-from sparseport.weights.mask import keeps_n_m, mask_of, revived, sparsity
+from sparseport.weights.mask import find_n_m, keeps_n_m, mask_of, pack_bitmask, revived, sparsity, unpack_bitmask
 
 
 def test_only_zeros_are_pruned_and_minus_zero_is_one():
@@ -75,3 +78,46 @@ def test_the_mask_is_in_the_models_column_order():
 )
 def test_n_of_m_patterns(rows, n, m, holds):
     assert keeps_n_m(np.array(rows, bool), n, m) is holds
+
+
+@pytest.mark.parametrize(
+    ("rows", "pattern"),
+    [
+        ([[1, 0, 1, 0, 0, 0, 1, 1]], (2, 4)),
+        ([[1, 0, 1, 1, 0, 0, 0, 1]], (4, 8)),  # three in the first block of four, but four in the eight
+        ([[1, 0, 1, 1, 0, 0, 1, 1]], None),
+        ([[1, 0, 1, 0, 0, 0, 1, 1], [1, 1, 1, 0, 0, 0, 0, 1]], (4, 8)),  # one row is enough to lose 2:4
+        ([[1, 0, 1, 0]], (2, 4)),
+        ([[1, 1, 1, 1]], None),
+        ([[0, 0, 0, 0, 0, 0]], None),  # six columns fill neither blocks of four nor of eight
+    ],
+)
+def test_the_tightest_pattern_is_found(rows, pattern):
+    assert find_n_m(np.array(rows, bool)) == pattern
+
+
+def test_bits_of_a_mask_stand_low_column_first():
+    mask = np.array([[1, 0, 0, 0, 0, 0, 0, 0, 0, 1], [0, 1, 1, 0, 0, 0, 0, 1, 1, 0]], bool)
+    bits = pack_bitmask(mask)
+    assert bits.dtype == np.uint8 and bits.tolist() == [[0x01, 0x02], [0x86, 0x01]]
+    read, filling = unpack_bitmask(bits, 10)
+    assert read.dtype == np.bool_ and np.array_equal(read, mask) and filling == 0
+
+
+def test_bits_beyond_the_last_column_are_counted():
+    mask, filling = unpack_bitmask(np.array([[0xFF], [0x1F], [0x20]], np.uint8), 5)
+    assert mask.tolist() == [[True] * 5, [True] * 5, [False] * 5]
+    assert filling == 4
+
+
+@given(st.data())
+def test_masks_come_back_from_their_bits(data):
+    shape = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 20))
+    mask = data.draw(arrays(np.bool_, shape))
+    bits = pack_bitmask(mask)
+    for row in range(shape[0]):
+        for byte in range(bits.shape[1]):
+            expected = sum(2**k for k, kept in enumerate(mask[row, 8 * byte : 8 * byte + 8]) if kept)
+            assert bits[row, byte] == expected
+    read, filling = unpack_bitmask(bits, shape[1])
+    assert np.array_equal(read, mask) and filling == 0

@@ -10,14 +10,19 @@ from hypothesis.extra.numpy import arrays
 
 from sparseport.errors import BadInput
 from sparseport.weights.packing import (
+    AWQ_ORDER,
     ZeroPointStorage,
+    pack_awq_words,
     pack_gptq_codes,
     pack_gptq_zero_points,
     pack_nibbles_low_first,
+    pack_row_words,
     pack_words_low_first,
+    unpack_awq_words,
     unpack_gptq_codes,
     unpack_gptq_zero_points,
     unpack_nibbles_low_first,
+    unpack_row_words,
     unpack_words_low_first,
 )
 
@@ -123,3 +128,55 @@ def test_features_that_do_not_fill_words_are_refused():
         pack_gptq_codes(np.zeros((4, 12), np.uint8))
     with pytest.raises(BadInput, match="eight values"):
         pack_gptq_zero_points(np.zeros((12, 2), np.uint8), ZeroPointStorage.V1)
+
+
+def hexadecimal(words):
+    return [[f"{int(word) & 0xFFFFFFFF:08x}" for word in row] for row in words]
+
+
+def test_awq_words_hold_even_outputs_below_odd_ones():
+    # Elements 0 2 4 6 stand in the low half, 1 3 5 7 in the high half.
+    packed = pack_awq_words(u8([*range(8), *range(15, 7, -1)], [0, 15, 0, 0, 0, 0, 0, 0] * 2))
+    assert packed.dtype == np.int32 and packed.shape == (2, 2)
+    assert hexadecimal(packed) == [["75316420", "8ace9bdf"], ["000f0000", "000f0000"]]
+
+
+def test_one_awq_element_at_a_time():
+    assert AWQ_ORDER == (0, 4, 1, 5, 2, 6, 3, 7)
+    words = ["0000000f", "000f0000", "000000f0", "00f00000", "00000f00", "0f000000", "0000f000", "f0000000"]
+    assert hexadecimal(pack_awq_words(np.eye(8, dtype=np.uint8) * 15)) == [[word] for word in words]
+
+
+def test_row_words_hold_eight_columns_and_end_in_zeros():
+    packed = pack_row_words(u8([*range(8), 9], [15] * 9))
+    assert packed.dtype == np.int32 and packed.shape == (2, 2)
+    assert hexadecimal(packed) == [["76543210", "00000009"], ["ffffffff", "0000000f"]]
+    assert unpack_row_words(packed).tolist() == [[*range(8), 9, *[0] * 7], [15] * 9 + [0] * 7]
+
+
+@given(st.data())
+def test_awq_words_come_back(data):
+    rows, words = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 4))
+    values = data.draw(arrays(np.uint8, (rows, 8 * words), elements=NIBBLES))
+    packed = pack_awq_words(values)
+    assert np.array_equal(unpack_awq_words(np.asfortranarray(packed)), values)
+    for i in range(rows):
+        for j in range(words):
+            eight = values[i, 8 * j : 8 * j + 8].tolist()
+            expected = sum(value << 4 * k for k, value in enumerate(eight[0::2] + eight[1::2]))
+            assert int(packed[i, j]) & 0xFFFFFFFF == expected
+
+
+@given(st.data())
+def test_row_words_come_back_with_their_filling(data):
+    rows, columns = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 20))
+    values = data.draw(arrays(np.uint8, (rows, columns), elements=NIBBLES))
+    unpacked = unpack_row_words(np.asfortranarray(pack_row_words(values)))
+    assert unpacked.shape == (rows, -(-columns // 8) * 8)
+    assert np.array_equal(unpacked[:, :columns], values) and not unpacked[:, columns:].any()
+
+
+def test_outputs_that_do_not_fill_awq_words_are_refused():
+    with pytest.raises(BadInput, match="eight values") as caught:
+        pack_awq_words(np.zeros((4, 12), np.uint8))
+    assert caught.value.code == "E_PACK"

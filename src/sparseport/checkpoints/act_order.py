@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from sparseport.checkpoints.dialect import DAMAGED
 from sparseport.errors import BadInput
 from sparseport.weights.linear import Array
 
@@ -32,6 +33,7 @@ def order_by_group(g_idx: Array, group_size: int, where: str) -> npt.NDArray[np.
             where=where,
             expected=f"0..{groups - 1}",
             found=low if low < 0 else high,
+            fix=DAMAGED,
             code="E_G_IDX",
         )
     sizes = np.bincount(g_idx.astype(np.int64), minlength=groups)
@@ -42,6 +44,7 @@ def order_by_group(g_idx: Array, group_size: int, where: str) -> npt.NDArray[np.
             where=where,
             expected=group_size,
             found=int(sizes[group]),
+            fix=DAMAGED,
             code="E_G_IDX",
         )
     order = np.argsort(g_idx, kind="stable").astype(np.int32)

@@ -15,11 +15,11 @@ from typing import Any
 
 from sparseport.checkpoints.awq import Awq, open_awq
 from sparseport.checkpoints.folder import ModelFolder
-from sparseport.checkpoints.gptq import Gptq, open_gptq
+from sparseport.checkpoints.gptq import Gptq, flag, open_gptq
 from sparseport.errors import Unsupported
 from sparseport.weights.packing import ZeroPointStorage
 
-_V1 = ("auto_round:auto_gptq", "auto_round:gptq", "auto_round:gptq:exllamav2")
+_V1 = ("auto_round:auto_gptq", "auto_round:gptq", "auto_round:gptq:exllamav2", "auto_round:auto_gptq:exllamav2")
 _V2 = ("auto_round", "auto_round:gptqmodel", "auto_round:exllamav2", "auto_round:triton", "auto_round:tritonv2")
 _AWQ = ("auto_round:auto_awq", "auto_round:awq", "auto_round:awq:gemm")
 
@@ -33,22 +33,12 @@ def open_auto_round(
 
     Raises:
         BadInput: the config is damaged, or contradicts the data.
-        Unsupported: a packing that does not hold 4-bit integers, quantised activations, or rotated weights.
+        Unsupported: a packing that does not hold 4-bit integers.
     """
     packing = raw.get("packing_format", raw.get("backend"))
-    for key, plain in (("act_bits", (None, 16, 32)), ("data_type", (None, "int")), ("rotation_config", (None, {}))):
-        if raw.get(key) not in plain:
-            raise Unsupported(
-                f"AutoRound option {key} changes what the model computes",
-                where=where,
-                expected=str(plain[-1]),
-                found=repr(raw[key])[:80],
-                fix="quantise the weights only, as int4 (scheme W4A16)",
-                code="E_QUANT_CONFIG",
-            )
     plain_settings = {k: v for k, v in raw.items() if k not in ("packing_format", "backend")}
     if packing in _AWQ:
-        settings = {**plain_settings, "version": "gemm", "zero_point": not raw.get("sym", True)}
+        settings = {**plain_settings, "version": "gemm", "zero_point": not flag(raw, "sym", where)}
         dialect: Gptq | Awq = open_awq(folder, settings, where)
     elif packing in _V1 + _V2:
         label = "gptq" if packing in _V1 else "gptq_v2"

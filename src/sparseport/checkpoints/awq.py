@@ -17,7 +17,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sparseport.checkpoints.dialect import FLOATS, LayerFormat, check_part, expect_shape, read_part
+from sparseport.checkpoints.dialect import (
+    FLOATS,
+    ONLY_4_BITS,
+    RESTORE,
+    LayerFormat,
+    check_part,
+    expect_shape,
+    read_part,
+)
 from sparseport.checkpoints.folder import ModelFolder
 from sparseport.checkpoints.writer_of import writer_of
 from sparseport.errors import BadInput, Unsupported
@@ -60,6 +68,15 @@ class Awq:
             check_part(folder, f"{module}.{leaf}", stored, 2)
             for leaf, stored in (("qweight", ("I32",)), ("qzeros", ("I32",)), ("scales", FLOATS))
         )
+        if self._group_size is None and weight[1] * 32 != 4 * scales[1]:
+            raise Unsupported(
+                "only 4-bit AWQ is supported",
+                where=f"{folder.path}, tensor {module}.qweight",
+                expected=4,
+                found=f"{weight[1]} words for {scales[1]} output features",
+                fix=ONLY_4_BITS,
+                code="E_BITS",
+            )
         if self._version == "gemm":
             columns, out = weight[0], weight[1] * _WORDS
             asked = columns if self._group_size == -1 else self._group_size
@@ -68,19 +85,20 @@ class Awq:
         else:
             out, columns = weight[0], weight[1] * _WORDS
             asked = columns if self._group_size == -1 else self._group_size
-            groups = columns // (asked or columns)
+            groups = columns // asked if asked else 0
             # Rows of scales are filled up to whole words, and to more for small groups.
             words = max(zeros[1], -(-groups // _WORDS))
             wanted_zeros, wanted_scales = (out, words), (out, words * _WORDS)
         expect_shape(folder, f"{module}.qzeros", zeros, wanted_zeros)
         expect_shape(folder, f"{module}.scales", scales, wanted_scales)
         group_size = columns // groups if groups else 0
-        if not groups or columns % groups or (asked is not None and asked != group_size):
+        if not groups or not columns or not out or columns % groups or (asked is not None and asked != group_size):
             raise BadInput(
                 "scales do not fit the group size",
                 where=f"{folder.path}, tensor {module}.scales",
-                expected=f"{columns} input features in groups of {asked}",
+                expected=f"{columns} input features in groups of {asked or 'one size'}",
                 found=f"{groups} groups",
+                fix="correct group_size in config.json, or download the folder again",
                 code="E_GROUP",
             )
         return LayerFormat((out, columns), folder.info(f"{module}.scales").dtype.name, 4, group_size, self._symmetric)
@@ -106,7 +124,7 @@ class Awq:
                 where=f"{folder.path}, tensor {module}.qzeros",
                 expected=8,
                 found=int(zero_points[zero_points != 8][0]),
-                fix='set "zero_point": true in config.json if the model is asymmetric',
+                fix='set "zero_point": true ("sym": false for AutoRound) in config.json if the model is asymmetric',
                 code="E_ZEROS",
             )
         weight = QuantizedWeight(
@@ -122,7 +140,7 @@ class Awq:
             raise BadInput(
                 "scales or zero-points beyond the last group are not zero",
                 where=f"{self._folder.path}, tensor {module}.scales",
-                fix="check group_size in config.json",
+                fix="correct group_size in config.json, or download the folder again",
                 code="E_GROUP",
             )
 
@@ -147,16 +165,34 @@ def open_awq(folder: ModelFolder, raw: Mapping[str, Any], where: str) -> Awq:
         )
     bits = raw.get("bits", raw.get("w_bit", 4))
     if bits != 4:
-        raise Unsupported("only 4-bit AWQ is supported", where=where, expected=4, found=bits, code="E_BITS")
+        raise Unsupported(
+            "only 4-bit AWQ is supported", where=where, expected=4, found=bits, fix=ONLY_4_BITS, code="E_BITS"
+        )
     zero_point = raw.get("zero_point", True)
     if not isinstance(zero_point, bool):
         raise BadInput(
-            "zero_point is not true or false", where=where, found=repr(zero_point)[:40], code="E_QUANT_CONFIG"
+            "zero_point is not true or false",
+            where=where,
+            found=repr(zero_point)[:40],
+            fix=RESTORE,
+            code="E_QUANT_CONFIG",
         )
     group_size = raw.get("group_size", raw.get("q_group_size", 128))
     if type(group_size) is not int or group_size == 0 or group_size < -1:
-        raise BadInput("group_size is impossible", where=where, found=repr(group_size)[:40], code="E_GROUP")
+        raise BadInput(
+            "group_size is impossible",
+            where=where,
+            expected="-1 or a positive number",
+            found=repr(group_size)[:40],
+            fix=RESTORE,
+            code="E_GROUP",
+        )
     varying = bool(raw.get("extra_config") or raw.get("dynamic"))
     if varying and version == "gemv":
-        raise Unsupported("AWQ gemv with settings that differ between layers is not read", where=where, fix="use gemm")
+        raise Unsupported(
+            "AWQ gemv with settings that differ between layers is not read",
+            where=where,
+            fix="save the model with version gemm",
+            code="E_QUANT_CONFIG",
+        )
     return Awq(folder, version, None if varying else group_size, not zero_point, writer_of(raw))

@@ -15,7 +15,15 @@ from typing import Literal
 
 import numpy as np
 
-from sparseport.checkpoints.dialect import FLOATS, LayerFormat, check_part, expect_shape, read_part
+from sparseport.checkpoints.dialect import (
+    DAMAGED,
+    FLOATS,
+    LayerFormat,
+    check_part,
+    expect_shape,
+    read_part,
+    require_part,
+)
 from sparseport.checkpoints.folder import ModelFolder
 from sparseport.errors import BadInput
 from sparseport.weights.linear import DenseWeight, Mask
@@ -57,6 +65,7 @@ class Bitmask:
                     where=f"{folder.path}, tensor {name}",
                     expected="a multiple of 4",
                     found=columns,
+                    fix=DAMAGED,
                     code="E_SHAPE",
                 )
             expect_shape(folder, name, check_part(folder, name, FLOATS, 2), (out, columns // 2))
@@ -73,7 +82,7 @@ class Bitmask:
                 where=f"{self._folder.path}, tensor {module}.bitmask",
                 expected=f"{values.size} set bits",
                 found=kept,
-                fix="download the folder again",
+                fix=DAMAGED,
                 code="E_BITMASK",
             )
         self._check_rows(module, mask)
@@ -83,6 +92,7 @@ class Bitmask:
 
     def _shape(self, module: str) -> tuple[int, int]:
         name = f"{module}.shape"
+        require_part(self._folder, name)
         info = self._folder.info(name)
         if info.stored not in ("I64", "I32") or info.shape not in ((2,), (2, 1)):
             raise BadInput(
@@ -90,6 +100,7 @@ class Bitmask:
                 where=f"{self._folder.path}, tensor {name}",
                 expected="I64 (2,) or (2, 1)",
                 found=f"{info.stored} {info.shape}",
+                fix=DAMAGED,
                 code="E_SHAPE",
             )
         rows, columns = (int(n) for n in self._folder.read(name).reshape(-1))
@@ -98,6 +109,7 @@ class Bitmask:
                 "shape is impossible",
                 where=f"{self._folder.path}, tensor {name}",
                 found=[rows, columns],
+                fix=DAMAGED,
                 code="E_SHAPE",
             )
         return rows, columns
@@ -111,6 +123,7 @@ class Bitmask:
                 "bitmask has bits set beyond the last column",
                 where=f"{self._folder.path}, tensor {name}",
                 found=f"{filling} bits",
+                fix=DAMAGED,
                 code="E_BITMASK",
             )
         return mask
@@ -135,6 +148,6 @@ class Bitmask:
                 if self._layout == "sparse-bitmask"
                 else "a block of four does not keep two weights",
                 where=f"{self._folder.path}, tensor {name}, row {int(np.argmax(wrong))}",
-                fix="download the folder again",
+                fix=DAMAGED,
                 code="E_BITMASK",
             )

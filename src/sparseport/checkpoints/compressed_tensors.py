@@ -19,9 +19,18 @@ from typing import Any
 import numpy as np
 
 from sparseport.checkpoints.act_order import order_by_group
-from sparseport.checkpoints.dialect import FLOATS, LayerFormat, check_part, expect_shape, read_part
+from sparseport.checkpoints.dialect import (
+    DAMAGED,
+    FLOATS,
+    ONLY_4_BITS,
+    RESTORE,
+    LayerFormat,
+    check_part,
+    expect_shape,
+    read_part,
+)
 from sparseport.checkpoints.folder import ModelFolder
-from sparseport.checkpoints.module_targets import first_match
+from sparseport.checkpoints.module_targets import compiled, first_match
 from sparseport.errors import BadInput, Unsupported
 from sparseport.weights.linear import U8, QuantizedWeight
 from sparseport.weights.packing import unpack_row_words
@@ -36,11 +45,13 @@ class Scheme:
     """How one config group quantises its layers.
 
     group_size  input columns per group; None = one group per row (strategy `channel`)
+    act_order   groups are not made of neighbouring columns, so weight_g_idx must be there (`actorder: group`)
     """
 
     targets: tuple[str, ...]
     group_size: int | None
     symmetric: bool
+    act_order: bool = False
 
 
 class PackQuantized:
@@ -72,12 +83,15 @@ class PackQuantized:
                 where=f"{folder.path}, tensor {packed}",
                 expected=f"a divisor of {columns}",
                 found=group_size,
+                fix="correct group_size in config.json, or download the folder again",
                 code="E_GROUP",
             )
         groups = columns // group_size
         scale = f"{module}.weight_scale"
         expect_shape(folder, scale, check_part(folder, scale, FLOATS, 2), (out, groups))
         self._check_zero_point(module, scheme, out, groups)
+        if scheme.act_order:
+            check_part(folder, f"{module}.weight_g_idx", ("I32", "I64"), 1)
         return LayerFormat((out, columns), folder.info(scale).dtype.name, 4, group_size, scheme.symmetric)
 
     def read(self, module: str) -> QuantizedWeight:
@@ -112,7 +126,7 @@ class PackQuantized:
             raise BadInput(
                 "layer is stored packed, but no config group targets it",
                 where=f"{self._folder.path}, tensor {module}.weight_packed",
-                fix="restore the quantization_config that the writer saved",
+                fix=RESTORE,
                 code="E_QUANT_CONFIG",
             )
         return found
@@ -122,35 +136,29 @@ class PackQuantized:
         shape = read_part(self._folder, name, ("I64", "I32"), 1)
         expect_shape(self._folder, name, shape.shape, (2,))
         rows, columns = (int(n) for n in shape)
-        if rows != out or columns < 1 or -(-columns // _WORDS) != words:
+        if rows != out or rows < 1 or columns < 1 or -(-columns // _WORDS) != words:
             raise BadInput(
                 "weight_shape disagrees with the packed weight",
                 where=f"{self._folder.path}, tensor {name}",
                 expected=f"[{out}, {words * _WORDS - _WORDS + 1}..{words * _WORDS}] for 4 bits",
                 found=[rows, columns],
+                fix=DAMAGED,
                 code="E_SHAPE",
             )
         return columns
 
     def _check_zero_point(self, module: str, scheme: Scheme, out: int, groups: int) -> None:
         name = f"{module}.weight_zero_point"
-        if scheme.symmetric:
+        if scheme.symmetric and not self._folder.has(name):
             return
-        if not self._folder.has(name):
-            raise BadInput(
-                "config says asymmetric, but the zero-points are missing",
-                where=f"{self._folder.path}, tensor {name}",
-                code="E_TENSOR",
-            )
         shape = check_part(self._folder, name, ("I32", "I8"), 2)
         packed = self._folder.info(name).stored == "I32"
         expect_shape(self._folder, name, shape, (-(-out // _WORDS) if packed else out, groups))
 
     def _zero_points(self, module: str, out: int, groups: int) -> U8:
         name = f"{module}.weight_zero_point"
-        middle = np.full((out, groups), _OFFSET, np.uint8)
         if not self._folder.has(name):
-            return middle
+            return np.full((out, groups), _OFFSET, np.uint8)
         if self._folder.info(name).stored == "I8":
             signed = read_part(self._folder, name, ("I8",), 2).astype(np.int16) + _OFFSET
             if signed.size and (signed.min() < 0 or signed.max() > 15):
@@ -159,14 +167,16 @@ class PackQuantized:
                     where=f"{self._folder.path}, tensor {name}",
                     expected="-8..7",
                     found=int(signed.min()) - _OFFSET if signed.min() < 0 else int(signed.max()) - _OFFSET,
+                    fix=DAMAGED,
                     code="E_ZEROS",
                 )
-            return signed.astype(np.uint8)
-        words = read_part(self._folder, name, ("I32",), 2)
-        unpacked = unpack_row_words(np.ascontiguousarray(words.view(np.int32).T))
-        self._check_filling(unpacked[:, out:], name)
-        zero_points = np.ascontiguousarray(unpacked[:, :out].T)
-        if self._scheme_of(module).symmetric and not np.array_equal(zero_points, middle):
+            zero_points = signed.astype(np.uint8)
+        else:
+            words = read_part(self._folder, name, ("I32",), 2)
+            unpacked = unpack_row_words(np.ascontiguousarray(words.view(np.int32).T))
+            self._check_filling(unpacked[:, out:], name)
+            zero_points = np.ascontiguousarray(unpacked[:, :out].T)
+        if self._scheme_of(module).symmetric and (zero_points != _OFFSET).any():
             raise BadInput(
                 "config says symmetric, but a zero-point is not the middle",
                 where=f"{self._folder.path}, tensor {name}",
@@ -183,6 +193,7 @@ class PackQuantized:
                 "words hold values beyond the layer's size",
                 where=f"{self._folder.path}, tensor {name}",
                 expected="zeros after the last value",
+                fix=DAMAGED,
                 code="E_SHAPE",
             )
 
@@ -196,7 +207,18 @@ def read_schemes(raw: Mapping[str, Any], where: str) -> tuple[Scheme, ...]:
     """
     groups = raw.get("config_groups")
     if not isinstance(groups, dict) or not groups:
-        raise BadInput("config_groups is missing", where=where, found=repr(groups)[:40], code="E_QUANT_CONFIG")
+        raise BadInput(
+            "config_groups is missing", where=where, found=repr(groups)[:40], fix=RESTORE, code="E_QUANT_CONFIG"
+        )
+    return tuple(_scheme(name, group, raw.get("format"), where) for name, group in groups.items())
+
+
+def refuse_transforms(raw: Mapping[str, Any], where: str) -> None:
+    """Refuse settings of compressed-tensors that change more than how a weight is stored.
+
+    Raises:
+        Unsupported: names the setting.
+    """
     for key in ("kv_cache_scheme", "transform_config"):
         if raw.get(key) not in (None, {}):
             raise Unsupported(
@@ -207,12 +229,11 @@ def read_schemes(raw: Mapping[str, Any], where: str) -> tuple[Scheme, ...]:
                 fix="compress the model without it",
                 code="E_QUANT_CONFIG",
             )
-    return tuple(_scheme(name, group, raw.get("format"), where) for name, group in groups.items())
 
 
 def _scheme(name: str, group: Any, outer_format: Any, where: str) -> Scheme:
     if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
-        raise BadInput(f"config group {name} has no weights", where=where, code="E_QUANT_CONFIG")
+        raise BadInput(f"config group {name} has no weights", where=where, fix=RESTORE, code="E_QUANT_CONFIG")
     form = group.get("format") or outer_format
     if form != _PACKED:
         raise Unsupported(
@@ -237,16 +258,24 @@ def _scheme(name: str, group: Any, outer_format: Any, where: str) -> Scheme:
     bits, kind = weights.get("num_bits"), weights.get("type", "int")
     if bits != 4 or kind != "int":
         raise Unsupported(
-            "only 4-bit integer weights are supported", where=where, expected="int4", found=f"{kind}{bits}",
+            "only 4-bit integer weights are supported",
+            where=where,
+            expected="int4",
+            found=f"{kind}{bits}",
+            fix=ONLY_4_BITS,
             code="E_BITS",
-        )  # fmt: skip
-    return Scheme(_targets(name, group, where), _group_size(weights, where), _symmetric(weights, where))
+        )
+    act_order = weights.get("actorder") in ("group", "dynamic", True)
+    return Scheme(_targets(name, group, where), _group_size(weights, where), _symmetric(weights, where), act_order)
 
 
 def _targets(name: str, group: Mapping[str, Any], where: str) -> tuple[str, ...]:
     targets = group.get("targets")
     if not isinstance(targets, list) or not targets or not all(isinstance(t, str) and t for t in targets):
-        raise BadInput(f"config group {name} names no targets", where=where, code="E_QUANT_CONFIG")
+        raise BadInput(f"config group {name} names no targets", where=where, fix=RESTORE, code="E_QUANT_CONFIG")
+    for target in targets:
+        if target.startswith("re:"):
+            compiled(target[3:], where)
     return tuple(targets)
 
 
@@ -264,12 +293,24 @@ def _group_size(weights: Mapping[str, Any], where: str) -> int | None:
             code="E_QUANT_CONFIG",
         )
     if type(size) is not int or size < 1:
-        raise BadInput("group_size is no positive whole number", where=where, found=repr(size)[:40], code="E_GROUP")
+        raise BadInput(
+            "group_size is no positive whole number",
+            where=where,
+            found=repr(size)[:40],
+            fix=RESTORE,
+            code="E_GROUP",
+        )
     return size
 
 
 def _symmetric(weights: Mapping[str, Any], where: str) -> bool:
     value = weights.get("symmetric", True)
     if not isinstance(value, bool):
-        raise BadInput("symmetric is not true or false", where=where, found=repr(value)[:40], code="E_QUANT_CONFIG")
+        raise BadInput(
+            "symmetric is not true or false",
+            where=where,
+            found=repr(value)[:40],
+            fix=RESTORE,
+            code="E_QUANT_CONFIG",
+        )
     return value

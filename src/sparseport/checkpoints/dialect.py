@@ -14,6 +14,9 @@ from sparseport.errors import BadInput
 from sparseport.weights.linear import Array, DenseWeight, QuantizedWeight
 
 FLOATS = ("F16", "BF16", "F32")
+DAMAGED = "download the folder again; if the error stays, its writer damaged the layer: quantise the model again"
+ONLY_4_BITS = "quantise the model again, with 4-bit integers in every layer"
+RESTORE = "restore the config.json that the writer saved"
 
 
 @dataclass(frozen=True)
@@ -160,8 +163,21 @@ def read_part(folder: ModelFolder, name: str, stored: tuple[str, ...], axes: int
     return folder.read(name)
 
 
+def require_part(folder: ModelFolder, name: str) -> None:
+    """Refuse a packed layer without one of its parts.
+
+    Raises:
+        BadInput: names the missing tensor.
+    """
+    if not folder.has(name):
+        raise BadInput(
+            "part of a packed layer is missing", where=f"{folder.path}, tensor {name}", fix=DAMAGED, code="E_TENSOR"
+        )
+
+
 def check_part(folder: ModelFolder, name: str, stored: tuple[str, ...], axes: int) -> tuple[int, ...]:
     """Shape of a tensor of a packed layer; raises as `read_part`."""
+    require_part(folder, name)
     info = folder.info(name)
     if info.stored not in stored or len(info.shape) != axes:
         raise BadInput(
@@ -169,6 +185,7 @@ def check_part(folder: ModelFolder, name: str, stored: tuple[str, ...], axes: in
             where=f"{folder.path}, tensor {name}",
             expected=f"{' or '.join(stored)} with {axes} axes",
             found=f"{info.stored} {info.shape}",
+            fix=DAMAGED,
             code="E_SHAPE",
         )
     return tuple(info.shape)
@@ -186,5 +203,6 @@ def expect_shape(folder: ModelFolder, name: str, found: tuple[int, ...], shape: 
             where=f"{folder.path}, tensor {name}",
             expected=shape,
             found=found,
+            fix=DAMAGED,
             code="E_SHAPE",
         )

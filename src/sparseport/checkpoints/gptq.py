@@ -17,11 +17,19 @@ from typing import Any
 import numpy as np
 
 from sparseport.checkpoints.act_order import order_by_group
-from sparseport.checkpoints.dialect import FLOATS, LayerFormat, check_part, expect_shape, read_part
+from sparseport.checkpoints.dialect import (
+    DAMAGED,
+    FLOATS,
+    ONLY_4_BITS,
+    RESTORE,
+    LayerFormat,
+    check_part,
+    expect_shape,
+    read_part,
+)
 from sparseport.checkpoints.folder import ModelFolder
 from sparseport.checkpoints.gptq_zeros import decide_zero_storage
-from sparseport.checkpoints.json_files import read_json
-from sparseport.checkpoints.paths import bare_file
+from sparseport.checkpoints.separate_settings import check_separate
 from sparseport.checkpoints.writer_of import writer_of
 from sparseport.errors import BadInput, FidelityError, Unsupported
 from sparseport.weights.linear import Array, QuantizedWeight
@@ -34,8 +42,6 @@ from sparseport.weights.packing import (
 )
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
-_SEPARATE = ("quantize_config.json", "quantization_config.json")
-_COMPARED = ("bits", "group_size", "sym", "desc_act", "quant_method", "checkpoint_format", "format")
 # Options that change how words are to be read; only the listed values leave them as described above.
 _PLAIN: dict[str, tuple[object, ...]] = {
     "pack_dtype": (None, "int32"),
@@ -85,7 +91,11 @@ def read_quantization_config(
     stored = folder.config.get("quantization_config")
     if not isinstance(stored, dict):
         raise BadInput(
-            "config.json has no quantization_config", where=where, expected="a GPTQ checkpoint", code="E_QUANT_CONFIG"
+            "config.json has no quantization_config",
+            where=where,
+            expected="a GPTQ checkpoint",
+            fix=RESTORE,
+            code="E_QUANT_CONFIG",
         )
     check_separate(folder, stored)
     raw = stored if raw is None else raw
@@ -105,22 +115,28 @@ def read_quantization_config(
                 where=where,
                 expected=str(plain[-1]),
                 found=repr(raw[key])[:80],
+                fix="quantise the weights only, as plain GPTQ with 4 bits",
                 code="E_QUANT_CONFIG",
             )
     bits, group_size = _whole(raw, "bits", where), _whole(raw, "group_size", where)
     if bits != 4:
-        raise Unsupported("only 4-bit GPTQ is supported", where=where, expected=4, found=bits, code="E_BITS")
+        raise Unsupported(
+            "only 4-bit GPTQ is supported", where=where, expected=4, found=bits, fix=ONLY_4_BITS, code="E_BITS"
+        )
     if group_size != -1 and group_size < 1:
         raise BadInput(
             "group_size is impossible",
             where=where,
             expected="-1 or a positive number",
             found=group_size,
+            fix=RESTORE,
             code="E_GROUP",
         )
-    sym, desc_act = _flag(raw, "sym", where), _flag(raw, "desc_act", where, default=False)
+    sym, desc_act = flag(raw, "sym", where), flag(raw, "desc_act", where, default=False)
+    varies = bool(raw.get("dynamic") or raw.get("extra_config"))
+    _check_zeros(folder, varies)
     storage = decide_zero_storage(folder, raw, sym=sym, override=zero_storage)
-    return GptqConfig(bits, group_size, sym, desc_act, storage, bool(raw.get("dynamic") or raw.get("extra_config")))
+    return GptqConfig(bits, group_size, sym, desc_act, storage, varies)
 
 
 def gptq_format(folder: ModelFolder, name: str, config: GptqConfig) -> LayerFormat:
@@ -130,15 +146,11 @@ def gptq_format(folder: ModelFolder, name: str, config: GptqConfig) -> LayerForm
 
     Raises:
         BadInput: a part is missing, or shapes or dtypes do not fit each other.
-        Unsupported: the layer has other than 4 bits.
     """
     rows, out = check_part(folder, f"{name}.qweight", ("I32",), 2)
     zeros = check_part(folder, f"{name}.qzeros", ("I32",), 2)
     scales = check_part(folder, f"{name}.scales", FLOATS, 2)
     where = f"{folder.path}, tensor {name}.qweight"
-    if config.varies and out and zeros[1] * 32 != 4 * out:
-        raise Unsupported("only 4-bit GPTQ is supported", where=where, expected=4, found=zeros[1] * 32 / out,
-                          code="E_BITS")  # fmt: skip
     columns = rows * 8
     group_size = columns if config.group_size == -1 else config.group_size
     if config.varies and scales[0] and columns % scales[0] == 0:
@@ -149,15 +161,17 @@ def gptq_format(folder: ModelFolder, name: str, config: GptqConfig) -> LayerForm
             where=where,
             expected=f"a divisor of {columns}",
             found=group_size,
+            fix="correct group_size in config.json, or download the folder again",
             code="E_GROUP",
         )
     groups = columns // group_size
-    if out % 8:
+    if out == 0 or out % 8:
         raise BadInput(
             "output features do not fill whole words of zero-points",
-            expected="a multiple of 8",
+            expected="a positive multiple of 8",
             found=out,
             where=where,
+            fix=DAMAGED,
             code="E_SHAPE",
         )
     expect_shape(folder, f"{name}.qzeros", zeros, (groups, out // 8))
@@ -190,6 +204,7 @@ def read_gptq_linear(folder: ModelFolder, name: str, config: GptqConfig) -> Quan
             where=f"{folder.path}, tensor {name}.qzeros",
             expected=8,
             found=int(zero_points[zero_points != 8][0]),
+            fix='set "sym": false in config.json if the model is asymmetric',
             code="E_ZEROS",
         )
     weight = QuantizedWeight(codes, np.ascontiguousarray(scales.T), zero_points, group_size, input_order=order)
@@ -295,8 +310,9 @@ def _input_order(
         if desc_act:
             raise BadInput(
                 "config says desc_act, but the group indices are missing",
-                code="E_G_IDX",
                 where=f"{folder.path}, tensor {tensor}",
+                fix=DAMAGED,
+                code="E_G_IDX",
             )
         return None
     g_idx = read_part(folder, tensor, ("I32",), 1)
@@ -304,44 +320,64 @@ def _input_order(
     return order_by_group(g_idx, group_size, f"{folder.path}, tensor {tensor}")
 
 
-def check_separate(folder: ModelFolder, raw: Mapping[str, Any]) -> None:
-    """Refuse a folder whose quantize_config.json or quantization_config.json contradicts its config.json.
+def _check_zeros(folder: ModelFolder, varies: bool) -> None:
+    """Refuse layers whose zero-points cannot be looked at, before the storage of all is decided from them.
+
+    varies  each layer may have its own settings, so other than 4 bits are looked for: the words per output tell
 
     Raises:
-        BadInput: names the file and the key.
+        BadInput: zero-points are missing, of another dtype, or empty.
+        Unsupported: a layer has other than 4 bits.
     """
-    for file in _SEPARATE:
-        if not (folder.path / file).exists():
+    for name in folder.names():
+        module, _, leaf = name.rpartition(".")
+        if leaf not in ("qweight", "qzeros"):
             continue
-        other = read_json(bare_file(folder.path, file, file), what=file)
-        for key in _COMPARED:
-            if key in raw and key in other and raw[key] != other[key]:
-                raise BadInput(
-                    f"config.json and {file} disagree about {key}",
-                    where=folder.path / file,
-                    expected=repr(raw[key]),
-                    found=repr(other[key])[:80],
-                    fix=f"correct one of them, or remove {file}",
-                    code="E_QUANT_CONFIG",
-                )
+        zeros = f"{module}.qzeros"
+        groups, words = check_part(folder, zeros, ("I32",), 2)
+        if not groups or not words:
+            raise BadInput(
+                "layer has no zero-points", where=f"{folder.path}, tensor {zeros}", fix=DAMAGED, code="E_SHAPE"
+            )
+        out = (folder.info(name).shape or (0,))[-1] if leaf == "qweight" else 0
+        found = [bits for bits in (2, 3, 8) if varies and out and words * 32 == bits * out]
+        if found:
+            raise Unsupported(
+                "only 4-bit GPTQ is supported",
+                where=f"{folder.path}, tensor {name}",
+                expected=4,
+                found=found[0],
+                fix=ONLY_4_BITS,
+                code="E_BITS",
+            )
 
 
 def _whole(raw: Mapping[str, Any], key: str, where: str) -> int:
     value = raw.get(key)
     if type(value) is not int:
         raise BadInput(
-            f"quantization_config.{key} is no whole number", where=where, found=repr(value)[:40], code="E_QUANT_CONFIG"
+            f"quantization_config.{key} is no whole number",
+            where=where,
+            found=repr(value)[:40],
+            fix=RESTORE,
+            code="E_QUANT_CONFIG",
         )
     return value
 
 
-def _flag(raw: Mapping[str, Any], key: str, where: str, default: bool | None = None) -> bool:
+def flag(raw: Mapping[str, Any], key: str, where: str, default: bool | None = None) -> bool:
+    """A setting that is true or false.
+
+    Raises:
+        BadInput: it is something else, or missing without a default.
+    """
     value = raw.get(key, default)
     if not isinstance(value, bool):
         raise BadInput(
             f"quantization_config.{key} is not true or false",
             where=where,
             found=repr(value)[:40],
+            fix=RESTORE,
             code="E_QUANT_CONFIG",
         )
     return value

@@ -40,7 +40,12 @@ def decide_zero_storage(
     split = (name.rpartition(".") for name in folder.names())
     modules = list(dict.fromkeys(module for module, _, leaf in split if leaf in ("qweight", "qzeros")))
     if not modules:
-        raise BadInput("config.json says GPTQ, but no layer is stored so", where=folder.path, code="E_TENSOR")
+        raise BadInput(
+            "config.json says GPTQ, but no layer is stored so",
+            where=folder.path,
+            fix="remove quantization_config if the model is not quantised",
+            code="E_TENSOR",
+        )
     if sym:
         return _from_symmetric(folder, modules, label, override)
     chosen = override or label or ZeroPointStorage.V1
@@ -63,6 +68,7 @@ def _label(raw: Mapping[str, Any], where: str) -> ZeroPointStorage | None:
                 where=where,
                 expected=" or ".join(_LABELS),
                 found=repr(value)[:40],
+                fix="save the model in the layout gptq, which every loader reads",
                 code="E_QUANT_CONFIG",
             )
         found.add(_LABELS[value])
