@@ -15,7 +15,7 @@ import pytest
 from sparseport import cli
 from sparseport.errors import FidelityError
 
-VERBS = ("export", "verify", "demo")
+VERBS = ("export", "verify", "inspect", "demo")
 
 
 def run(capsys, *arguments):

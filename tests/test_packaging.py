@@ -37,7 +37,7 @@ FLOORS = (
     {"sources"},
     {"plan"},
     {"compress"},
-    {"pipeline", "nls", "report"},
+    {"inspection", "pipeline", "nls", "report"},
     {"bench", "integrations", "demo", "show"},
     {"cli", "doctor", "__main__"},
 )

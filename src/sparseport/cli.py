@@ -91,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     _add_export(verbs)
     _add_verify(verbs)
+    _add_inspect(verbs)
     _add_demo(verbs)
     return parser
 
@@ -118,10 +119,11 @@ def _add_export(verbs: Any) -> None:
     )
     verb.add_argument("--config", type=Path, help="recipe file; other options override it")
     verb.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe field")
-    verb.add_argument("--base", help="folder of the base model: dense, sparse, or GPTQ INT4")
+    verb.add_argument("--base", help="folder of the base model: dense, sparse, or INT4; or a .gguf file")
     verb.add_argument("--sparse-base", help="sparse floating-point base that the INT4 base was made from")
     verb.add_argument("--adapter", help="folder of the fine-tuned adapter")
     verb.add_argument("--sub-adapter", metavar="WHICH", help="maximal (default), heuristic, minimal, or a JSON file")
+    verb.add_argument("--search-space", metavar="FILE", help="its search space, where it is not beside the adapter")
     verb.add_argument("--target", action="append", choices=["openvino"], help="runtime to export to")
     verb.add_argument("--output", help="folder to write")
     verb.add_argument("--rounding", choices=["sqft", "paper"], help="QA-SparsePEFT rounding rule (default sqft)")
@@ -178,6 +180,7 @@ _EXPORT_FIELDS = (
     "sparse_base",
     "adapter",
     "sub_adapter",
+    "search_space",
     "target",
     "output",
     "rounding",
@@ -253,6 +256,29 @@ def _run_verify(options: argparse.Namespace) -> int:
             show_numerics(numerics)
 
     return _print_judged(result, options, show, lambda: require(verdict))
+
+
+def _add_inspect(verbs: Any) -> None:
+    verb = _verb(
+        verbs,
+        "inspect",
+        "Say what a checkpoint is, what exporting it would keep and lose, and which command to run next.",
+        "sparseport inspect model-gptq",
+    )
+    verb.add_argument("path", type=Path, help="a model, adapter or exported folder, or a .gguf file")
+    verb.add_argument("--layers", action="store_true", help="list every layer (default: one row per kind of layer)")
+    verb.add_argument("--allow-pickle", action="store_true", help="read .bin and .pt files as plain tensors")
+    verb.set_defaults(run=_run_inspect, interrupted="nothing was written")
+
+
+def _run_inspect(options: argparse.Namespace) -> int:
+    from sparseport.inspection import inspect
+    from sparseport.show import show_inspection
+
+    with _progress(options).task("reading") as step:
+        found = inspect(options.path, allow_pickle=options.allow_pickle, on_layer=step)
+    _print(found.as_dict(), options.json, lambda: show_inspection(found, options.layers))
+    return 0
 
 
 def _add_demo(verbs: Any) -> None:

@@ -89,6 +89,7 @@ def _export_openvino(recipe: Recipe, sources: Sources, layers: Plan, stage: Path
         with OpenVinoWriter(stage, scratch, base.path, base.config, small, recipe.tokenizer) as writer:
             with progress.task("merging layers", len(layers.layers)) as step:
                 linears = _merge_all(recipe, sources, layers, writer, step)
+            layers.notes.extend(_revived_note(linears))
             tensors = _add_tensors(recipe, sources, layers, writer)
             with progress.task("hashing inputs"):
                 inputs = sources.facts()
@@ -143,6 +144,18 @@ def _merge_all(
     return facts
 
 
+def _revived_note(linears: dict[str, dict[str, Any]]) -> list[str]:
+    """A sentence for checkpoints that move pruned weights: NNCF's adapters know no mask."""
+    found = [facts for facts in linears.values() if facts["rule"] == "fq_lora" and facts.get("revived")]
+    if not found:
+        return []
+    revived, pruned = sum(facts["revived"] for facts in found), sum(facts["pruned"] for facts in found)
+    return [
+        f"{revived:,} of {pruned:,} pruned weights of the base are not zero any more ({revived / pruned:.2%}): NNCF's "
+        "FQ_LORA adapters have no mask; fine-tune with SparsePEFT or QA-SparsePEFT to keep them"
+    ]
+
+
 def _linear_facts(layer: LayerPlan, merged: Merged, sources: Sources, recipe: Recipe) -> dict[str, Any]:
     weight = merged.weight
     facts: dict[str, Any] = {
@@ -153,12 +166,18 @@ def _linear_facts(layer: LayerPlan, merged: Merged, sources: Sources, recipe: Re
         "weight_sha256": _written_digest(weight),
         "readback": {},
     }
+    if layer.rank is not None:
+        facts |= {"rank": layer.rank}
     if layer.rank is not None and sources.adapter is not None:
-        facts |= {"rank": layer.rank, "scaling": decimal(sources.branch(layer.module).scaling)}
+        facts |= {"scaling": decimal(sources.branch(layer.module).scaling)}
     if layer.rule == "qa_sparse_peft":
         facts |= {"rounding": recipe.rounding.value, "compute_dtype": "float32"}
+    elif layer.rule == "fq_lora":
+        facts |= {"base_dtype": recipe.nncf_base_dtype, "compute_dtype": "float32"}
     elif layer.rule in ("lora", "sparse_peft"):
         facts |= {"compute_dtype": "float32"}
+    if layer.module == sources.base.embedding_name and sources.base.tied_head:
+        facts["tied_head"] = True
     if isinstance(weight, QuantizedWeight):
         facts |= {
             "bits": weight.bits,
@@ -252,13 +271,25 @@ def check_numerics(folder: Path) -> dict[str, Any]:
         FidelityError: they differ by more than the tolerance at full precision, or are not finite.
     """
     with Child("sparseport.verify.numerics", {"folder": str(folder)}) as child:
-        result = child.result()
+        return judge_numerics(child.result(), folder.name)
+
+
+def judge_numerics(result: dict[str, Any], where: str) -> dict[str, Any]:
+    """The comparison of logits as the certificate has it, if it may pass.
+
+    Args:
+        result: what `verify.numerics.compare_logits` found.
+        where: name of the folder, for messages.
+
+    Raises:
+        FidelityError: the logits differ by more than the tolerance at full precision, or are not finite.
+    """
     for label in ("full_precision", "default"):
         # Infinities and NaN at the settings that applications use would be a broken model, whatever the weights are.
         if not all(math.isfinite(float(result[label][key])) for key in ("max_abs", "kl")):
             raise FidelityError(
                 "logits are not finite",
-                where=f"{folder.name}, {label.replace('_', ' ')} settings",
+                where=f"{where}, {label.replace('_', ' ')} settings",
                 found=result[label]["max_abs"],
                 code="E_NUMERICS",
                 fix="the model overflows in the runtime's precision: use a base in a wider range, or report this",
@@ -267,7 +298,7 @@ def check_numerics(folder: Path) -> dict[str, Any]:
     if not float(full["judged_max_abs"]) <= float(full["allowed"]):
         raise FidelityError(
             "logits differ from the dequantised reference at full precision",
-            where=folder.name,
+            where=where,
             expected=f"max |difference| <= {full['allowed']}",
             found=f"{full['judged_max_abs']} against {full['judged_against']}",
             code="E_NUMERICS",

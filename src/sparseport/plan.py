@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sparseport.checkpoints.dialect import LayerFormat
+from sparseport.checkpoints.safetensors_header import numpy_dtype
 from sparseport.errors import BadInput, EnvironmentProblem, FidelityError, SparseportError, Unsupported
+from sparseport.merge.fq_lora import merge_fq_lora
 from sparseport.merge.layer import Merged, merge_layer
 from sparseport.recipe import Recipe
 from sparseport.sources import SPARSE_FROM, Sources
@@ -25,6 +28,7 @@ _NUMERICS_BYTES_PER_WEIGHT = 8.5
 # NNCF holds the model it compresses and its result; plus its libraries.
 _NNCF_MIB = 600
 _NNCF_BYTES_PER_WEIGHT = 6
+_STORED_NAMES = {"bfloat16": "BF16", "float32": "F32"}
 # Buffers that old checkpoints stored although every implementation computes them.
 _COMPUTED = (".rotary_emb.inv_freq",)
 
@@ -33,7 +37,7 @@ _COMPUTED = (".rotary_emb.inv_freq",)
 class LayerPlan:
     """One linear layer's way through the export.
 
-    rule          carry, lora, sparse_peft or qa_sparse_peft
+    rule          carry, lora, sparse_peft, qa_sparse_peft or fq_lora
     source        format in the checkpoint (`int4 g64 asym`, `float16`)
     stored        format in the output (`u4 g64`, `f16`)
     group_size    columns per group in the source, or None
@@ -101,7 +105,7 @@ def make_plan(recipe: Recipe, sources: Sources) -> Plan:
     """
     adapted = sources.adapter_modules()
     layers = []
-    for module in sources.base.linear_names():
+    for module in planned_modules(sources):
         if module == sources.base.head_name and module not in adapted and not sources.format_of(module).quantized:
             continue  # an untouched head travels like the embedding
         try:
@@ -137,6 +141,15 @@ def make_plan(recipe: Recipe, sources: Sources) -> Plan:
         else 0,
         notes=_notes(recipe, sources, layers),
     )
+
+
+def planned_modules(sources: Sources) -> list[str]:
+    """Linear layers, and the embedding where an NNCF checkpoint quantises it."""
+    modules = sources.base.linear_names()
+    embedding = sources.base.embedding_name
+    if sources.tuned is not None and embedding in sources.tuned.modules():
+        modules.insert(0, embedding)
+    return modules
 
 
 def require_exportable(plan: Plan) -> None:
@@ -177,6 +190,17 @@ def available_memory_mib() -> int | None:
 
 def merge_planned(recipe: Recipe, sources: Sources, layer: LayerPlan) -> Merged:
     """Merge one planned layer from open sources."""
+    if layer.rule == "fq_lora":
+        assert sources.tuned is not None
+        dense = sources.dense(layer.module)
+        if recipe.nncf_base_dtype != "stored":
+            dense = replace(
+                dense, values=dense.values.astype(numpy_dtype(_STORED_NAMES[recipe.nncf_base_dtype], layer.module))
+            )
+        tuned = merge_fq_lora(
+            dense, sources.tuned.quantizer(layer.module), sources.ranks.get(layer.module), layer.module
+        )
+        return Merged(tuned.weight, revived=tuned.revived)
     base: QuantizedWeight | DenseWeight
     sparse = None
     if layer.group_size is not None:
@@ -197,9 +221,10 @@ def _plan_layer(module: str, adapted: bool, recipe: Recipe, sources: Sources) ->
     shape = form.shape
     rank = None
     rule = "carry"
+    if adapted and sources.tuned is not None:
+        return _plan_fq_lora(module, form, sources)
     if adapted:
-        assert sources.adapter is not None
-        rank = sources.ranks.get(module, sources.adapter.ranks()[module])
+        rank = sources.rank_of(module)
         rule = _rule(module, form.quantized, sources)
     if form.group_size is not None:
         stored_group = openvino_layout(form.group_size, shape[1], module)
@@ -211,6 +236,44 @@ def _plan_layer(module: str, adapted: bool, recipe: Recipe, sources: Sources) ->
         if recipe.compress.mode.startswith("int4"):
             stored += f" g{_compress_group(recipe.compress.group_size, shape[1], module)}"
     return LayerPlan(module, rule, shape, form.label, stored, rank=rank)
+
+
+def _plan_fq_lora(module: str, form: LayerFormat, sources: Sources) -> LayerPlan:
+    """A layer that NNCF's fake quantiser turns into integers.
+
+    Raises:
+        BadInput: the base is quantised already.
+    """
+    assert sources.tuned is not None
+    if form.quantized:
+        raise BadInput(
+            "an NNCF FQ_LORA checkpoint needs the floating-point base it was tuned on",
+            where=module,
+            found=form.label,
+            fix="give the original model as --base",
+            code="E_PAIRING",
+        )
+    quantizer = sources.tuned.quantizer(module)
+    sources.tuned.release()
+    columns = form.shape[1]
+    group = columns if quantizer.group_size == -1 else quantizer.group_size
+    stored = columns if quantizer.bits == 8 else openvino_layout(group, columns, module)
+    if quantizer.bits == 8 and group != columns:
+        raise Unsupported(
+            "8-bit layers are carried with one group per row", where=module, expected=columns, found=group,
+            fix="compress with NNCF's default for 8-bit layers", code="E_GROUP",
+        )  # fmt: skip
+    kind = "sym" if quantizer.symmetric else "asym"
+    return LayerPlan(
+        module,
+        "fq_lora",
+        form.shape,
+        f"{form.label} + NNCF int{quantizer.bits} g{group} {kind}",
+        f"u{quantizer.bits} g{stored}",
+        group,
+        stored,
+        sources.rank_of(module),
+    )
 
 
 def _compress_group(group_size: int, columns: int, module: str) -> int:
@@ -316,6 +379,8 @@ def _notes(recipe: Recipe, sources: Sources, layers: list[LayerPlan]) -> list[st
     notes = list(sources.base.warnings)
     if sources.sparse is not None:
         notes.extend(sources.sparse.warnings)
+    if sources.tuned is not None:
+        notes.extend(sources.tuned.warnings)
     if sources.adapter is not None:
         notes.extend(sources.adapter.warnings)
         if sources.adapter.no_op():
@@ -323,7 +388,7 @@ def _notes(recipe: Recipe, sources: Sources, layers: list[LayerPlan]) -> list[st
     if computed := [name for name in sources.base.names() if name.endswith(_COMPUTED)]:
         notes.append(f"{len(computed)} rotary frequency tensors are left out: the graph computes them from the config")
     notes += _regrouping(layers)
-    if any(layer.group_size for layer in layers) and sources.sparse is None:
+    if any(layer.group_size and layer.rule == "carry" for layer in layers) and sources.sparse is None:
         notes.append(
             "no sparse base was given: pruned weights cannot be told from weights that are zero by rounding, "
             "so the certificate states digests but no mask"

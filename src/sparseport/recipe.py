@@ -60,10 +60,11 @@ class CompressionRecipe(_Strict):
 class Recipe(_Strict):
     """One export: what goes in, which rule merges it, and how it leaves."""
 
-    base: Path = Field(description="HF folder of the base model: dense, sparse, or GPTQ INT4")
+    base: Path = Field(description="HF folder of the base model: dense, sparse, or INT4; or a .gguf file")
     sparse_base: Path | None = Field(None, description="sparse floating-point base that the INT4 base was made from")
-    adapter: Path | None = Field(None, description="folder of the fine-tuned adapter")
+    adapter: Path | None = Field(None, description="folder of the fine-tuned adapter, or an NNCF FQ_LORA checkpoint")
     sub_adapter: str = Field("maximal", description="maximal, heuristic, minimal, or a JSON file of ranks")
+    search_space: Path | None = Field(None, description="file of the search space, where it is not beside the adapter")
     target: tuple[Target, ...] = Field(("openvino",), min_length=1, description="runtimes to export to")
     output: Path = Field(description="folder to write; appears whole or not at all")
     rounding: RoundingRule = Field(RoundingRule.SQFT, description="QA-SparsePEFT rounding: sqft or paper")
@@ -71,6 +72,10 @@ class Recipe(_Strict):
     mask_policy: Literal["strict", "keep-codes", "reapply"] = Field(
         "strict", description="what to do when an input itself breaks the mask: refuse, keep and record, or re-prune"
     )
+    nncf_base_dtype: Literal["stored", "bfloat16", "float32"] = Field(
+        "stored", description="dtype that the base was loaded in when an NNCF FQ_LORA checkpoint was tuned or stripped"
+    )
+    gguf_dtype: Literal["float16", "float32"] = Field("float16", description="dtype of a dequantised .gguf base")
     embedding: Literal["fp16", "fp32", "int8"] = Field("fp16", description="how embedding and head are stored")
     compress: CompressionRecipe = CompressionRecipe()
     tokenizer: bool = Field(True, description="put tokenizer and detokenizer into the folder")

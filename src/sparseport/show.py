@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sparseport.errors import printable as _printable
+from sparseport.inspection import Inspection, LayerReport
 from sparseport.pipeline import ExportResult
 from sparseport.plan import Plan
 from sparseport.verify.certificate import Certificate
@@ -114,4 +115,62 @@ def show_demo(result: dict[str, Any]) -> None:
     console.print(
         f"verify: {len(found['differences'])} differences in {found['files']} files, {found['linears']} linear layers "
         f"and {found['tensors']} other tensors; folder {printable(result['folder'])}"
+    )
+
+
+def show_inspection(found: Inspection, every_layer: bool) -> None:
+    """Print what a checkpoint is: facts, layers, what an export keeps and loses, and what to run next."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)  # in a log or a pipe nothing has to fit a screen
+    console.print(f"[bold]{printable(found.title)}[/bold]")
+    facts = {**({"written by": found.writer} if found.writer else {}), **found.facts}
+    for label, value in facts.items():
+        console.print(f"  {printable(label)}: {printable(value)}")
+    if found.layers:
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for name in ("layer", "n", "shape", "format", "scales", "z", "zeros", "N:M", "stored as"):
+            table.add_column(
+                name,
+                overflow="fold",
+                no_wrap=name not in ("layer", "stored as"),
+                justify="right" if name == "n" else "left",
+            )
+        for row in _layer_rows(found.layers, every_layer):
+            table.add_row(*(printable(cell) for cell in row))
+        console.print(table)
+    for heading, lines in (("keeps", found.keeps), ("loses", found.loses), ("mind", found.warnings)):
+        for line in lines:
+            console.print(f"{heading}: {printable(line)}")
+    for command in found.next:
+        console.print(f"next:  {printable(command)}", soft_wrap=True)
+
+
+def _layer_rows(layers: list[LayerReport], every_layer: bool) -> list[tuple[str, ...]]:
+    """One row per layer, or per kind of layer: same last name, shape and format."""
+    groups: dict[tuple[object, ...], list[LayerReport]] = {}
+    for layer in layers:
+        name = layer.module if every_layer else layer.module.rpartition(".")[2]
+        key = (name, layer.shape, layer.format, layer.scales, layer.act_order, layer.stored, layer.refused)
+        groups.setdefault(key, []).append(layer)
+    return [_layer_row(str(key[0]), group) for key, group in groups.items()]
+
+
+def _layer_row(name: str, group: list[LayerReport]) -> tuple[str, ...]:
+    first = group[0]
+    shares = [layer.zeros / layer.weights for layer in group]
+    low_share, high_share = f"{min(shares):.1%}", f"{max(shares):.1%}"
+    points = [layer.zero_points for layer in group if layer.zero_points is not None]
+    low, high = min((p[0] for p in points), default=0), max((p[1] for p in points), default=0)
+    patterns = {layer.pattern for layer in group}
+    return (
+        name,
+        str(len(group)),
+        f"{first.shape[0]}x{first.shape[1]}",
+        first.format + (" act-order" if first.act_order else ""),
+        first.scales if points else "",
+        "" if not points else f"{low}" if low == high else f"{low}..{high}",
+        low_share if low_share == high_share else f"{low_share}-{high_share}",
+        patterns.pop() if len(patterns) == 1 else "some",
+        first.stored if first.refused is None else f"refused: {first.refused}",
     )

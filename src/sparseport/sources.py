@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +10,14 @@ from typing import Any
 
 from sparseport.checkpoints.detect import open_linears
 from sparseport.checkpoints.dialect import LayerFormat, StoredLinears
-from sparseport.checkpoints.elastic import FILE_NAME as ELASTIC_FILE
-from sparseport.checkpoints.elastic import choose_ranks, read_search_space
+from sparseport.checkpoints.elastic import CHOICES, choose, open_search_space
 from sparseport.checkpoints.folder import ModelFolder
+from sparseport.checkpoints.nncf_fq import CHECKPOINT as NNCF_CHECKPOINT
+from sparseport.checkpoints.nncf_fq import NncfCheckpoint, read_nls_ranks
+from sparseport.checkpoints.paths import file_sha256
 from sparseport.checkpoints.peft import AdapterFolder
-from sparseport.errors import BadInput
+from sparseport.child import Child
+from sparseport.errors import BadInput, Unsupported
 from sparseport.recipe import Recipe
 from sparseport.weights.linear import Array, DenseWeight, LowRankBranch, Mask, QuantizedWeight
 from sparseport.weights.mask import mask_of
@@ -31,6 +35,8 @@ class Sources:
     sparse          the sparse floating-point base that an INT4 base was made from, or None
     sparse_linears  its linear layers, or None
     adapter         the fine-tuned adapter, or None
+    tuned           the NNCF FQ_LORA checkpoint, or None
+    extra_files     files beside the folders that have a say in the result: role -> path
     ranks           module -> active rank of the chosen sub-adapter; modules outside the search space keep their rank
     """
 
@@ -39,7 +45,9 @@ class Sources:
     sparse: ModelFolder | None
     sparse_linears: StoredLinears | None
     adapter: AdapterFolder | None
+    tuned: NncfCheckpoint | None
     ranks: dict[str, int]
+    extra_files: dict[str, Path]
     _stack: ExitStack
 
     def __enter__(self) -> Sources:
@@ -111,8 +119,13 @@ class Sources:
         return branch if rank is None or rank == branch.rank else branch.at_rank(rank)
 
     def adapter_modules(self) -> set[str]:
-        """Modules that the adapter changes."""
-        return set(self.adapter.modules()) if self.adapter else set()
+        """Modules that the adapter or the NNCF checkpoint changes."""
+        return {module for tool in (self.adapter, self.tuned) if tool is not None for module in tool.modules()}
+
+    def rank_of(self, module: str) -> int | None:
+        """Active rank of a module's low-rank update; None where it has none."""
+        trained = {**(self.adapter.ranks() if self.adapter else {}), **(self.tuned.ranks() if self.tuned else {})}
+        return self.ranks.get(module, trained.get(module))
 
     def small_tensors(self) -> dict[str, Array]:
         """Norms, biases and the like: every tensor of fewer than two dimensions that is no part of a packed layer."""
@@ -125,7 +138,7 @@ class Sources:
 
     def release(self) -> None:
         """Give the memory of weights read so far back to the system."""
-        for folder in (self.base, self.sparse, self.adapter):
+        for folder in (self.base, self.sparse, self.adapter, self.tuned):
             if folder is not None:
                 folder.release()
 
@@ -135,8 +148,12 @@ class Sources:
 
     def facts(self) -> dict[str, Any]:
         """SHA-256 of every input file, by role, for the certificate."""
-        roles = {"base": self.base, "sparse_base": self.sparse, "adapter": self.adapter}
-        return {role: folder.sha256() for role, folder in roles.items() if folder is not None}
+        roles = {"base": self.base, "sparse_base": self.sparse, "adapter": self.adapter, "nncf": self.tuned}
+        found = {role: folder.sha256() for role, folder in roles.items() if folder is not None}
+        for role, path in self.extra_files.items():
+            # A converted base is known by the file that the user gave, not by what it was converted to.
+            found[role] = {path.name: file_sha256(path)}
+        return found
 
 
 def open_sources(recipe: Recipe) -> Sources:
@@ -148,7 +165,12 @@ def open_sources(recipe: Recipe) -> Sources:
     """
     stack = ExitStack()
     try:
-        base = stack.enter_context(ModelFolder.open(recipe.base, allow_pickle=recipe.allow_pickle))
+        extra: dict[str, Path] = {}
+        folder = recipe.base
+        if recipe.base.suffix == ".gguf" and recipe.base.is_file():
+            extra["base"] = recipe.base
+            folder = _converted(recipe, stack)
+        base = stack.enter_context(ModelFolder.open(folder, allow_pickle=recipe.allow_pickle))
         base.check_layers()
         linears = open_linears(base, gptq_zeros=recipe.gptq_zeros)
         sparse, sparse_linears = None, None
@@ -158,17 +180,35 @@ def open_sources(recipe: Recipe) -> Sources:
             sparse_linears = open_linears(sparse)
             _check_same_shape(base, sparse)
             _check_layers_fit(linears, sparse_linears)
-        adapter = None
+        adapter, tuned = None, None
         ranks: dict[str, int] = {}
-        if recipe.adapter is not None:
+        if recipe.adapter is not None and is_nncf_checkpoint(recipe.adapter):
+            tuned = stack.enter_context(NncfCheckpoint.open(recipe.adapter, allow_pickle=recipe.allow_pickle))
+            tuned.check_base(base)
+            ranks = _nls_ranks(tuned, recipe, extra)
+        elif recipe.adapter is not None:
             adapter = stack.enter_context(AdapterFolder.open(recipe.adapter, allow_pickle=recipe.allow_pickle))
             adapter.check_base(base)
             _check_adapter_shapes(adapter, linears)
-            ranks = _sub_adapter_ranks(adapter, recipe.adapter, recipe.sub_adapter)
-        return Sources(base, linears, sparse, sparse_linears, adapter, ranks, stack)
+            ranks = _sub_adapter_ranks(adapter, recipe, base, extra)
+        elif recipe.search_space is not None or recipe.sub_adapter != "maximal":
+            raise BadInput(
+                "a sub-adapter was chosen, but there is no adapter",
+                where=recipe.search_space or recipe.sub_adapter,
+                fix="give --adapter DIR",
+                code="E_ELASTIC",
+            )
+        return Sources(base, linears, sparse, sparse_linears, adapter, tuned, ranks, extra, stack)
     except BaseException:
         stack.close()
         raise
+
+
+def is_nncf_checkpoint(path: Path) -> bool:
+    """Whether a path is NNCF's training output: the pickle itself, its folder, or the folder above."""
+    if path.is_dir():
+        return any((folder / NNCF_CHECKPOINT).is_file() for folder in (path, path / "last"))
+    return path.suffix in (".pth", ".pt")
 
 
 def _check_same_shape(base: ModelFolder, sparse: ModelFolder) -> None:
@@ -218,16 +258,84 @@ def _check_adapter_shapes(adapter: AdapterFolder, linears: StoredLinears) -> Non
             )
 
 
-def _sub_adapter_ranks(adapter: AdapterFolder, folder: Path, choice: str) -> dict[str, int]:
-    space_file = folder / ELASTIC_FILE
-    if not space_file.is_file():
+def _converted(recipe: Recipe, stack: ExitStack) -> Path:
+    """A GGUF base as a Hugging Face folder that lives as long as the sources; made in a process of its own."""
+    temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="sparseport-gguf-"))
+    folder = Path(temporary) / "base"
+    request = {"path": str(recipe.base.absolute()), "output": str(folder), "dtype": recipe.gguf_dtype}
+    with Child("sparseport.checkpoints.gguf", request) as child:
+        child.result()
+    return folder
+
+
+def _nls_ranks(tuned: NncfCheckpoint, recipe: Recipe, extra: dict[str, Path]) -> dict[str, int]:
+    """Module -> rank of the chosen sub-adapter of an NNCF checkpoint, which itself always says the largest.
+
+    Raises:
+        BadInput: the ranks are in no file that was given or found.
+    """
+    if recipe.sub_adapter == "maximal":
+        if tuned.result_json is not None and tuned.elastic_ranks():
+            tuned.warnings.append(
+                f"{tuned.result_json.name} names searched ranks, and the largest are exported; "
+                "--sub-adapter heuristic takes the searched ones"
+            )
+        return {}
+    file: Path | None = Path(recipe.sub_adapter)
+    if recipe.sub_adapter == "heuristic":
+        file = tuned.result_json
+    if file is None or recipe.sub_adapter == "minimal":
+        raise BadInput(
+            f"an NNCF checkpoint does not hold the ranks of the {recipe.sub_adapter} sub-adapter",
+            where=tuned.source,
+            expected="result.json beside it, or a JSON list with one rank per layer",
+            fix="give the training output with its result.json as --adapter, or --sub-adapter FILE",
+            code="E_ELASTIC",
+        )
+    if file != tuned.result_json:
+        extra["sub_adapter"] = file
+    return read_nls_ranks(file, tuned.elastic_ranks())
+
+
+def _sub_adapter_ranks(
+    adapter: AdapterFolder, recipe: Recipe, base: ModelFolder, extra: dict[str, Path]
+) -> dict[str, int]:
+    """Module -> rank of the chosen sub-adapter; files outside the adapter's folder are added to `extra`.
+
+    Raises:
+        BadInput: there is no search space to choose from, or it does not belong to the adapter.
+        Unsupported: the choice keeps only a part of some layer's rows (LoNAS widths).
+    """
+    space_file = recipe.search_space or adapter.search_space_file()
+    if recipe.search_space is not None:
+        extra["search_space"] = recipe.search_space
+    choice: str | Path = recipe.sub_adapter
+    if choice not in CHOICES:
+        choice = Path(recipe.sub_adapter)
+        extra["sub_adapter"] = choice
+    if space_file is None:
         if choice != "maximal":
             raise BadInput(
                 "the adapter has no search space to choose a sub-adapter from",
-                where=space_file,
-                fix="leave --sub-adapter away, or put elastic_adapter_config.json beside the adapter",
+                where=adapter.path,
+                expected="elastic_adapter_config.json or nncf_config.json beside the adapter",
+                fix="give --search-space FILE, or leave --sub-adapter away",
+                code="E_ELASTIC",
             )
         return {}
-    groups = read_search_space(space_file)
-    selected = choice if choice in ("maximal", "heuristic", "minimal") else Path(choice)
-    return choose_ranks(groups, selected, trained=adapter.ranks())
+    layers = base.config.get("num_hidden_layers")
+    space = open_search_space(space_file, layers=layers if type(layers) is int else None)
+    selection = choose(space, choice, trained=adapter.ranks())
+    linears = set(base.linear_names())
+    for module, width in selection.widths.items():
+        rows = base.info(f"{module}.weight").shape[0] if module in linears and base.has(f"{module}.weight") else None
+        if rows != width:
+            raise Unsupported(
+                "the sub-adapter keeps a part of a layer's rows, which cannot be exported yet",
+                where=f"{space_file}, module {module}",
+                expected=f"all {rows} rows",
+                found=width,
+                fix="choose full widths: `--sub-adapter maximal`, or a JSON list with one number per group",
+                code="E_WIDTH",
+            )
+    return selection.ranks

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -260,8 +261,36 @@ def _add_template(backend: Any, description: GgufTokenizer) -> None:
         )
 
 
+def describe_gguf(path: str | Path) -> tuple[dict[str, str], dict[str, int]]:
+    """What a GGUF file says about itself, and how many tensors it holds of each type; no weight is read.
+
+    Returns:
+        facts (`architecture`, `name`, `layers`, ...) and type name (`Q4_K`) -> number of tensors, the most first.
+
+    Raises:
+        BadInput: not a GGUF file, or damaged.
+        EnvironmentProblem: the package `gguf` is not installed.
+    """
+    fields, types = _header(Path(path))
+    architecture = fields.get("general.architecture")
+    wanted = {
+        "architecture": "general.architecture",
+        "name": "general.name",
+        "layers": f"{architecture}.block_count",
+        "hidden size": f"{architecture}.embedding_length",
+        "tokenizer": "tokenizer.ggml.model",
+    }
+    facts = {label: str(fields[key]) for label, key in wanted.items() if key in fields}
+    return facts, dict(Counter(types).most_common())
+
+
 def _fields(path: Path) -> dict[str, Any]:
     """The key-value header of a GGUF file as plain Python values."""
+    return _header(path)[0]
+
+
+def _header(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """The key-value header of a GGUF file as plain Python values, and the type of every tensor."""
     try:
         from gguf import GGUFReader
     except ImportError as error:
@@ -270,7 +299,8 @@ def _fields(path: Path) -> dict[str, Any]:
         raise BadInput("no such GGUF file", where=path, code="E_FILE")
     try:
         reader = GGUFReader(path)
-        return {name: field.contents() for name, field in reader.fields.items()}
+        types = [tensor.tensor_type.name for tensor in reader.tensors]
+        return {name: field.contents() for name, field in reader.fields.items()}, types
     except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
         raise BadInput(
             "not a readable GGUF file",
@@ -343,3 +373,13 @@ def _clean_json(file: Path, drop: Sequence[str], update: dict[str, object]) -> N
     values = {k: v for k, v in json.loads(file.read_text("utf-8")).items() if k not in drop}
     values.update(update)
     file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _convert(path: str, output: str, dtype: str) -> dict[str, str]:
+    return {"folder": str(convert_gguf(path, output, dtype=dtype))}
+
+
+if __name__ == "__main__":
+    from sparseport.child import serve
+
+    serve(_convert)

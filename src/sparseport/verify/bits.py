@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from sparseport.checkpoints.folder import HEADS
 from sparseport.errors import VerificationError
 from sparseport.targets.openvino import readback
 from sparseport.weights.digest import array_digest, digest, value_digest
@@ -51,7 +52,7 @@ def digest_graph(
         module = item.name.removesuffix(".weight")
         weight = item.weight
         if module in linears:
-            _check_places(module, item.places)
+            _check_places(module, item.places, bool(linears[module].get("tied_head")))
             group_size = linears[module].get("group_size")
             if isinstance(weight, QuantizedWeight) and group_size:
                 weight = collapse(weight, int(group_size), module)
@@ -70,12 +71,15 @@ def digest_graph(
     return found
 
 
-def _check_places(module: str, places: tuple[str, ...]) -> None:
+def _check_places(module: str, places: tuple[str, ...], tied_head: bool) -> None:
     """The traced graph names every operation after its module: a weight must sit where its name says.
+
+    tied_head  the weight is the embedding, and the head uses it too
 
     Raises:
         VerificationError: it feeds another layer.
     """
+    allowed = [module, *(HEADS if tied_head else ())]
     for place in places:
-        if not place.startswith(f"__module.{module}/"):
+        if not place.startswith(tuple(f"__module.{name}/" for name in allowed)):
             raise VerificationError("weight feeds another layer than its own", where=module, found=place)

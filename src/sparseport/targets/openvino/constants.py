@@ -110,23 +110,25 @@ def _swap_quantized(node: Any, module: str, weight: StoredQuantized, store: Weig
         value = _named(ops.reshape(value, shape, False), f"{module}/reshape")
     if compute != Type.f32:
         value = _convert(value, Type.f32)
-    matmuls = _consumers_past_converts(node)
-    for matmul_input in matmuls:
-        matmul = matmul_input.get_node()
-        if matmul.get_type_name() != "MatMul" or matmul_input.get_index() != 1:
+    for user in _consumers_past_converts(node):
+        operation = user.get_node()
+        kind, side = operation.get_type_name(), user.get_index()
+        # An embedding is looked up; a head that is tied to it multiplies with the same values.
+        lookup = kind == "Gather" and side == 0 and weight.input_order is None
+        if not lookup and (kind != "MatMul" or side != 1):
             raise FidelityError(
                 "a quantised weight is used by something other than its linear layer",
                 where=module,
                 expected="MatMul",
-                found=matmul.get_type_name(),
+                found=kind,
             )
-        matmul_input.replace_source_output(value.output(0))
+        user.replace_source_output(value.output(0))
         if weight.input_order is not None:
             # Columns lie sorted by group (act-order), or groups are filled up: the activation is gathered to fit.
             order = _constant(weight.input_order, f"{module}.input_order", store, alive)
             axis = ops.constant(np.array(-1, np.int32), name=f"{module}/gather_axis")
-            gathered = _named(ops.gather(matmul.input_value(0), order, axis), f"{module}/gather")
-            matmul.input(0).replace_source_output(gathered.output(0))
+            gathered = _named(ops.gather(operation.input_value(0), order, axis), f"{module}/gather")
+            operation.input(0).replace_source_output(gathered.output(0))
 
 
 def _consumers_past_converts(node: Any) -> list[Any]:

@@ -34,8 +34,8 @@ class Block:
 class StoredQuantized:
     """A quantised weight in the store, in OpenVINO's layout.
 
-    codes        u4 or i4 [out, groups, group]; [out, in] for one group per row
-    zero_points  u4 [out, groups, 1], or None when codes are i4 (code - 8, every zero-point 8)
+    codes        u4 or i4 [out, groups, group]; [out, in] for one group per row; u8 for 8 bits
+    zero_points  u4 or u8 [out, groups, 1], or None when codes are i4 (code - 8, every zero-point 8)
     scales       f16 or f32 [out, groups, 1]
     input_order  i32 [columns], the input of each stored column, or None; more columns than inputs where groups are
                  filled up with zeros
@@ -92,14 +92,16 @@ class WeightStore:
         per_channel = weight.group_size == cols
         grouped = (out, cols) if per_channel else (out, weight.groups, weight.group_size)
         narrow = (out, 1) if per_channel else (out, weight.groups, 1)
-        symmetric = all_zero_points_are(weight, 8)
+        eight_bits = weight.bits == 8
+        packed, kind = ((lambda values: values), "u8") if eight_bits else (_nibbles, "u4")
+        symmetric = not eight_bits and all_zero_points_are(weight, 8)
         # i4 is two's complement: flipping the top bit of an offset-8 code subtracts 8.
         codes = weight.codes ^ np.uint8(8) if symmetric else weight.codes
         scales = weight.scales.astype(np.float32) if weight.scales.dtype.name == "bfloat16" else weight.scales
         order = weight.input_order
         return StoredQuantized(
-            codes=self._append(_nibbles(codes), "i4" if symmetric else "u4", grouped),
-            zero_points=None if symmetric else self._append(_nibbles(weight.zero_points), "u4", narrow),
+            codes=self._append(packed(codes), "i4" if symmetric else kind, grouped),
+            zero_points=None if symmetric else self._append(packed(weight.zero_points), kind, narrow),
             scales=self._append(scales, "f16" if scales.dtype == np.float16 else "f32", narrow),
             input_order=None if order is None else self._append(order.astype(np.int32), "i32", order.shape),
             out_features=out,

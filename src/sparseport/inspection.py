@@ -1,0 +1,345 @@
+"""What is in this folder or file, what exporting it would keep and lose, and which command to run next."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparseport.checkpoints.elastic import CHOICES, open_search_space
+from sparseport.checkpoints.folder import ModelFolder
+from sparseport.checkpoints.peft import CONFIG as ADAPTER_CONFIG
+from sparseport.checkpoints.peft import AdapterFolder
+from sparseport.errors import BadInput
+from sparseport.plan import Plan, make_plan
+from sparseport.recipe import make_recipe
+from sparseport.sources import SPARSE_FROM, Sources, open_sources
+from sparseport.verify.certificate import FILE_NAME as CERTIFICATE
+from sparseport.verify.certificate import Certificate
+from sparseport.weights.linear import DenseWeight, QuantizedWeight
+from sparseport.weights.mask import find_n_m, mask_of
+
+Step = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One linear layer as it lies in the checkpoint, and as it would leave.
+
+    format       how it is stored (`int4 g64 asym`)
+    scales       dtype of the scales, or of the values
+    zero_points  smallest and largest zero-point, or None
+    act_order    whether columns lie in another order than the inputs
+    zeros        weights that are exactly zero
+    pruned       weights that the checkpoint itself says are pruned, or None where it says nothing
+    pattern      2:4 or 4:8 where the zeros keep it, else empty
+    stored       format in the output (`u4 g64`)
+    refused      why it cannot be exported, or None
+    """
+
+    module: str
+    shape: tuple[int, int]
+    format: str
+    scales: str
+    zero_points: tuple[int, int] | None
+    act_order: bool
+    zeros: int
+    pruned: int | None
+    pattern: str
+    stored: str
+    refused: str | None
+
+    @property
+    def weights(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass
+class Inspection:
+    """What was found.
+
+    kind     base, adapter, export or gguf
+    title    one line: what this is
+    writer   tool and version as the files tell, or empty
+    facts    short label -> value, in the order to print
+    layers   linear layers of a base
+    keeps    what an export carries exactly
+    loses    what it does not, or cannot
+    next     commands to run, BASE and the like standing for what is not known
+    """
+
+    kind: str
+    title: str
+    writer: str = ""
+    facts: dict[str, str] = field(default_factory=dict)
+    layers: list[LayerReport] = field(default_factory=list)
+    keeps: list[str] = field(default_factory=list)
+    loses: list[str] = field(default_factory=list)
+    next: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for `--json`."""
+        return {**vars(self), "layers": [vars(layer) for layer in self.layers]}
+
+
+def inspect(path: Path, *, allow_pickle: bool = False, on_layer: Step = lambda: None) -> Inspection:
+    """Look at a checkpoint folder, an adapter folder, an exported folder or a GGUF file.
+
+    Every weight is read once, one layer at a time; nothing is written.
+
+    Args:
+        path: what to look at.
+        allow_pickle: read `.bin` and `.pt` files as plain tensors.
+        on_layer: called after each linear layer.
+
+    Raises:
+        BadInput: there is nothing here that sparseport knows, or it is damaged.
+        Unsupported: a base of a kind that cannot be carried exactly; the message says which and the way out.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix == ".gguf":
+        return _inspect_gguf(path)
+    if not path.is_dir():
+        raise BadInput(
+            "nothing to inspect here",
+            where=path,
+            expected="a folder with config.json or adapter_config.json, or a .gguf file",
+            found="a file" if path.exists() else "nothing",
+            code="E_MISSING",
+        )
+    if (path / CERTIFICATE).is_file():
+        return _inspect_export(path)
+    if (path / ADAPTER_CONFIG).is_file():
+        return _inspect_adapter(path, allow_pickle)
+    return _inspect_base(path, allow_pickle, on_layer)
+
+
+def _inspect_base(path: Path, allow_pickle: bool, on_layer: Step) -> Inspection:
+    recipe = make_recipe({"base": path, "output": path, "allow_pickle": allow_pickle, "numerics": False})
+    with open_sources(recipe) as sources:
+        plan = make_plan(recipe, sources)
+        layers = []
+        for module in sources.base.linear_names():
+            layers.append(_look_at(module, sources, plan))
+            sources.release()
+            on_layer()
+        packed = sources.linears.packed
+        found = Inspection("base", _title(sources, layers), packed.writer if packed else "", layers=layers)
+        found.facts = _base_facts(sources.base, layers)
+        found.warnings = list(sources.base.warnings)
+        _judge_base(found, sources, plan)
+        tokenizer = (path / "tokenizer.json").is_file() or (path / "tokenizer.model").is_file()
+    if not tokenizer:
+        found.loses.append(
+            "the folder has no tokenizer: the export needs --no-tokenizer, and applications one of theirs"
+        )
+    command = ["sparseport", "export", "--target", "openvino", "--base", str(path)]
+    found.next.append(
+        _command([*command, *([] if tokenizer else ["--no-tokenizer"]), "--output", f"{path.name}-openvino"])
+    )
+    if any(layer.format.startswith("int") for layer in layers):
+        found.next.append(
+            _command([*command, "--sparse-base", "SPARSE", "--adapter", "ADAPTER", "--output", "OUT"])
+            + "   # with a QA-SparsePEFT adapter"
+        )
+    else:
+        found.next.append(_command([*command, "--adapter", "ADAPTER", "--output", "OUT"]) + "   # with an adapter")
+    return found
+
+
+def _look_at(module: str, sources: Sources, plan: Plan) -> LayerReport:
+    planned = next((layer for layer in plan.layers if layer.module == module), None)
+    weight = sources.linears.read(module)
+    form = sources.format_of(module)
+    zero_points = None
+    if isinstance(weight, QuantizedWeight):
+        kept = weight.codes != np.repeat(weight.zero_points, weight.group_size, axis=1)
+        zero_points = (int(weight.zero_points.min()), int(weight.zero_points.max()))
+        pruned = None
+    else:
+        kept = mask_of(weight.values) if weight.mask is None else weight.mask
+        pruned = None if weight.mask is None else int(weight.mask.size - np.count_nonzero(weight.mask))
+    zeros = int(kept.size - np.count_nonzero(kept)) if pruned is None else _zeros(weight)
+    pattern = find_n_m(kept) if zeros else None
+    return LayerReport(
+        module=module,
+        shape=form.shape,
+        format=form.label,
+        scales=form.dtype,
+        zero_points=zero_points,
+        act_order=isinstance(weight, QuantizedWeight) and weight.input_order is not None,
+        zeros=zeros,
+        pruned=pruned,
+        pattern="" if pattern is None else f"{pattern[0]}:{pattern[1]}",
+        stored=planned.stored if planned else "with the embedding",
+        refused=planned.refused if planned else None,
+    )
+
+
+def _zeros(weight: QuantizedWeight | DenseWeight) -> int:
+    assert isinstance(weight, DenseWeight)
+    return int(weight.values.size - np.count_nonzero(mask_of(weight.values)))
+
+
+def _title(sources: Sources, layers: list[LayerReport]) -> str:
+    kinds = Counter(layer.format for layer in layers)
+    most = kinds.most_common(1)[0][0] if kinds else "no linear layers"
+    most = f"mostly {most}" if len(kinds) > 1 else most
+    packed = sources.linears.packed
+    name = packed.name if packed else "plain tensors"
+    zeros = sum(layer.zeros for layer in layers if layer.stored != "with the embedding")
+    weights = sum(layer.weights for layer in layers if layer.stored != "with the embedding")
+    share = zeros / weights if weights else 0.0
+    sparse = f", {share:.1%} of the linear weights are exactly zero" if share > SPARSE_FROM else ""
+    return f"{sources.base.config.get('model_type', 'unknown')} model, {name}, {most}{sparse}"
+
+
+def _base_facts(base: ModelFolder, layers: list[LayerReport]) -> dict[str, str]:
+    config = base.config
+    facts = {"architecture": ", ".join(config.get("architectures") or []) or str(config.get("model_type"))}
+    for key in ("num_hidden_layers", "hidden_size", "vocab_size"):
+        if key in config:
+            facts[key] = str(config[key])
+    facts["linear layers"] = f"{len(layers)}, {sum(layer.weights for layer in layers):,} weights"
+    facts["formats"] = ", ".join(f"{count} x {label}" for label, count in Counter(x.format for x in layers).items())
+    facts["head"] = "tied to the embedding" if base.tied_head else "stored on its own"
+    return facts
+
+
+def _judge_base(found: Inspection, sources: Sources, plan: Plan) -> None:
+    carried = [layer for layer in found.layers if layer.refused is None]
+    quantized = [layer for layer in carried if layer.zero_points is not None]
+    if quantized:
+        found.keeps.append(f"codes, zero-points and scales of {len(quantized)} layers, bit for bit")
+    if any(layer.act_order for layer in carried):
+        found.keeps.append("act-order: columns stay as quantised, the activation is gathered to fit")
+    if dense := [layer for layer in carried if layer.zero_points is None]:
+        found.keeps.append(f"values and zeros of {len(dense)} floating-point layers, bit for bit")
+    if any(layer.pruned is not None for layer in carried):
+        found.keeps.append("the mask that is stored with the weights")
+    found.keeps += [note for note in plan.notes if "filled up" in note or "split losslessly" in note]
+    for layer in found.layers:
+        if layer.refused is not None:
+            found.loses.append(f"{layer.module} is refused: {layer.refused}")
+    for name in plan.tensors:
+        if len(sources.base.info(name).shape) < 2:
+            continue
+        if changed := _rounded_by_f16(sources, name):
+            found.loses.append(f"{changed:,} values of {name} are rounded to float16; --embedding fp32 keeps every one")
+        sources.release()
+    if quantized and sources.sparse is None:
+        found.loses.append(
+            "no mask comes with INT4 codes: weights that are zero by rounding look like pruned ones; "
+            "--sparse-base gives the mask"
+        )
+
+
+def _rounded_by_f16(sources: Sources, name: str) -> int:
+    """How many values of a tensor float16 does not hold, counted in blocks of rows."""
+    values = sources.base.read(name)
+    if values.dtype == np.float16:
+        return 0
+    changed = 0
+    for start in range(0, values.shape[0], 1024):
+        wide = values[start : start + 1024].astype(np.float32)
+        with np.errstate(over="ignore", under="ignore"):
+            changed += int(np.count_nonzero(wide.astype(np.float16).astype(np.float32) != wide))
+    return changed
+
+
+def _inspect_adapter(path: Path, allow_pickle: bool) -> Inspection:
+    with AdapterFolder.open(path, allow_pickle=allow_pickle) as adapter:
+        kind, needs = "LoRA", ["--base", "BASE"]
+        if adapter.quantization_aware:
+            kind, needs = "QA-SparsePEFT", ["--base", "INT4-BASE", "--sparse-base", "SPARSE-BASE"]
+        elif adapter.sparse_adapter:
+            kind, needs = "SparsePEFT", ["--base", "SPARSE-BASE"]
+        ranks = adapter.ranks()
+        found = Inspection("adapter", f"{kind} adapter for {len(ranks)} layers")
+        release = adapter.config.get("peft_version")
+        found.writer = f"peft {release}" if isinstance(release, str) else ""
+        found.facts = {
+            "r": str(adapter.r),
+            "lora_alpha": f"{adapter.alpha:g}",
+            "scaling": ", ".join(f"{s:g}" for s in sorted({adapter.scaling_of(module) for module in ranks})),
+            "tensor ranks": ", ".join(f"{count} x {rank}" for rank, count in sorted(Counter(ranks.values()).items())),
+            "modules": ", ".join(adapter.target_modules),
+            "trained on": adapter.base_model_name or "not said",
+        }
+        found.warnings = list(adapter.warnings)
+        if adapter.no_op():
+            found.warnings.append("the adapter changes nothing: every lora_B is zero")
+        space_file = adapter.search_space_file()
+        lower = sum(1 for rank in ranks.values() if rank < adapter.r)
+    if lower:
+        found.warnings.append(
+            f"{lower} layers have tensors of lower rank than r = {adapter.r}: an extracted sub-adapter; its scaling "
+            "stays alpha / r, while peft fails on it or scales it wrongly"
+        )
+    choices = ["maximal"]
+    if space_file is not None:
+        space = open_search_space(space_file, layers=_layers_of(ranks))
+        spaces = Counter(f"{group.kind} {list(group.ranks)}" for group in space.groups)
+        found.facts["search space"] = ", ".join(f"{count} groups of {text}" for text, count in spaces.items())
+        choices = list(CHOICES)
+    found.keeps.append(
+        {
+            "LoRA": "a dense base is merged; a sparse or INT4 base is refused, because the merge would break it",
+            "SparsePEFT": "every pruned weight of the base stays zero in the merge",
+            "QA-SparsePEFT": "zero-points and scales of the INT4 base stay; every pruned weight has code == zero-point",
+        }[kind]
+    )
+    for choice in choices:
+        extra = [] if choice == "maximal" else ["--sub-adapter", choice]
+        command = ["sparseport", "export", "--target", "openvino", *needs, "--adapter", str(path), *extra]
+        found.next.append(_command([*command, "--output", "OUT"]))
+    return found
+
+
+def _layers_of(ranks: dict[str, int]) -> int | None:
+    """How many decoder layers an adapter spans: one more than the largest number in its modules' names."""
+    numbers = [int(part) for module in ranks for part in module.split(".") if part.isdecimal()]
+    return max(numbers) + 1 if numbers else None
+
+
+def _inspect_export(path: Path) -> Inspection:
+    certificate = Certificate.read(path)
+    totals = certificate.totals
+    found = Inspection("export", "folder exported by sparseport, with its certificate")
+    found.writer = f"sparseport {certificate.body.get('sparseport', '')}"
+    found.facts = {
+        "linear layers": f"{totals['linears']}, {totals['weights']:,} weights, {totals['int4_linears']} in INT4",
+        "pruned": f"{totals['pruned']:,} of {totals['masked_weights']:,}, {totals['revived']:,} of them not zero",
+    }
+    found.next = [_command(["sparseport", "verify", str(path)])]
+    return found
+
+
+def _inspect_gguf(path: Path) -> Inspection:
+    from sparseport.checkpoints.gguf import describe_gguf
+
+    facts, kinds = describe_gguf(path)
+    found = Inspection("gguf", f"GGUF file, {facts.get('architecture', 'unknown')} model", facts=facts)
+    found.facts["tensors"] = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+    found.keeps.append("the value of every weight as the file's blocks give it, rounded once to float16")
+    found.loses.append("the blocks themselves (Q4_K and the like): no runtime here computes with them")
+    if set(kinds) - {"F16", "F32", "BF16"}:
+        found.loses.append(
+            "what rounding to float16 changes; `--set gguf_dtype=float32` keeps every value, at twice the size"
+        )
+    found.next = [
+        _command(
+            ["sparseport", "export", "--target", "openvino", "--base", str(path), "--output", f"{path.stem}-openvino"]
+        )
+    ]
+    return found
+
+
+def _command(words: list[str]) -> str:
+    return " ".join(word if word.isupper() else shlex.quote(word) for word in words)
