@@ -1,0 +1,73 @@
+"""Exports without child processes, so that many small ones do not load torch and trace the same graph again each time.
+
+The steps are the same functions with the same requests; only the process boundary is left out, and a graph that was
+traced before for the same config and the same small tensors is taken again. Exports with the real boundary and a fresh
+graph are tested elsewhere (test_tiny_export, test_real_model).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+FRONTEND = "sparseport.targets.openvino.frontend"
+STEPS = {
+    FRONTEND: "build_frontend",
+    "sparseport.verify.numerics": "compare_logits",
+    "sparseport.checkpoints.gguf": "_convert",
+}
+_USERS = ("sparseport.pipeline", "sparseport.sources", "sparseport.targets.openvino.writer")
+_traced: dict[str, tuple[dict[str, Any], tempfile.TemporaryDirectory[str]]] = {}
+
+
+class InProcess:
+    """Stands in for `sparseport.child.Child`."""
+
+    def __init__(self, module: str, request: dict[str, Any]) -> None:
+        self._module, self._request = module, request
+
+    def __enter__(self) -> InProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def result(self) -> dict[str, Any]:
+        step = getattr(importlib.import_module(self._module), STEPS[self._module])
+        if self._module == FRONTEND and self._request["tokenizer"] is None:
+            return _trace_once(step, self._request)
+        result: dict[str, Any] = step(**self._request)
+        return result
+
+
+def _trace_once(step: Any, request: dict[str, Any]) -> dict[str, Any]:
+    config = json.loads(Path(request["config"]).read_text(encoding="utf-8"))
+    config.pop("quantization_config", None)
+    small = Path(request["small_tensors"]).read_bytes()
+    key = hashlib.sha256(json.dumps(config, sort_keys=True).encode() + small).hexdigest()
+    output = Path(request["output"])
+    if key not in _traced:
+        answer = step(**request)
+        kept = tempfile.TemporaryDirectory(prefix="skeleton-")
+        shutil.copytree(output, kept.name, dirs_exist_ok=True)
+        _traced[key] = (answer, kept)
+    answer, kept = _traced[key]
+    shutil.copytree(kept.name, output, dirs_exist_ok=True)
+    return copy.deepcopy(answer)
+
+
+@contextmanager
+def in_process() -> Iterator[None]:
+    """Run every step of an export in this process."""
+    with mock.patch(f"{_USERS[0]}.Child", InProcess), mock.patch(f"{_USERS[1]}.Child", InProcess):
+        with mock.patch(f"{_USERS[2]}.Child", InProcess):
+            yield

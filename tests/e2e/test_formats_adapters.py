@@ -1,0 +1,266 @@
+"""Every kind of adapter and search space goes all the way, and the merged weights are those of the formula.
+
+The formulas are computed here once more, naively, in float64 and rounded where the rule says.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from e2e.formats import Line, settle
+from e2e.in_process import in_process
+from sparseport.checkpoints.folder import ModelFolder
+from sparseport.checkpoints.peft import AdapterFolder
+from sparseport.pipeline import export
+from sparseport.recipe import make_recipe
+from sparseport.targets.openvino import readback
+from sparseport.verify.folder import verify
+from sparseport.weights.linear import DenseWeight, QuantizedWeight
+
+OURS = "this repository"
+VERIFIED = "0 differences, logits agree"
+Written = dict[str, QuantizedWeight | DenseWeight]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_process() -> Iterator[None]:
+    with in_process():
+        yield
+
+
+def _through(tmp_path: Path, **inputs: Any) -> Written:
+    result = export(make_recipe({"output": tmp_path / "out", "tokenizer": False, **inputs}))
+    verdict = verify(result.folder)
+    assert verdict.ok, verdict.differences
+    assert result.certificate.body["numerics"]["run"]
+    model = readback.read_model(result.folder / "openvino_model.xml")
+    return {item.name.removesuffix(".weight"): item.weight for item in readback.weights(model)}
+
+
+def _updates(adapter: Path, ranks: dict[str, int] | None = None) -> dict[str, np.ndarray]:
+    """Module -> scaling * (B A) as float32, from the safetensors file and the config alone."""
+    from safetensors.numpy import load_file
+
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    updates = {}
+    for name, a in tensors.items():
+        if ".lora_A." not in name:
+            continue
+        module = name.removeprefix("base_model.model.").partition(".lora_A.")[0]
+        rank = (ranks or {}).get(module, a.shape[0])
+        b = tensors[name.replace("lora_A", "lora_B")]
+        product = (b[:, :rank].astype(np.float64) @ a[:rank].astype(np.float64)).astype(np.float32)
+        updates[module] = np.float32(config["lora_alpha"] / config["r"]) * product
+    return updates
+
+
+def _require_merged(written: Written, base: Path, updates: dict[str, np.ndarray], *, masked: bool) -> int:
+    """Floating-point layers are base + update (where the base is not zero, if masked); returns the adapted ones."""
+    with ModelFolder.open(base) as folder:
+        for module, weight in written.items():
+            if not folder.has(f"{module}.weight") or folder.read(f"{module}.weight").ndim != 2:
+                continue
+            assert isinstance(weight, DenseWeight)
+            values = folder.read(f"{module}.weight")
+            if module in updates:
+                update = np.where(values != 0, updates[module], 0) if masked else updates[module]
+                values = (values.astype(np.float32) + update).astype(values.dtype)
+                assert not np.array_equal(values, folder.read(f"{module}.weight"))
+            assert np.array_equal(weight.values, values), module
+    return len(updates)
+
+
+def _ranks_of_heuristic() -> dict[str, int]:
+    return {f"model.layers.{layer}.self_attn.{name}_proj": 6 for layer in range(2) for name in "qkv"}
+
+
+def test_sparse_peft(tiny_sparse: Path, tiny_adapter_sparse: Path, tmp_path: Path) -> None:
+    inputs = {"base": tiny_sparse, "adapter": tiny_adapter_sparse, "sub_adapter": "heuristic"}
+    written = _through(tmp_path, **inputs)
+    count = _require_merged(written, tiny_sparse, _updates(tiny_adapter_sparse, _ranks_of_heuristic()), masked=True)
+    settle(
+        Line(
+            "SQFT SparsePEFT super-adapter, elastic_adapter_config.json",
+            OURS,
+            "-",
+            f"{count} layers",
+            "merged values: equal to the formula, pruned ones zero",
+            "f16",
+            VERIFIED,
+        )
+    )
+
+
+def test_qa_sparse_peft(tiny_int4: Path, tiny_sparse: Path, tiny_adapter: Path, tmp_path: Path) -> None:
+    inputs = {"base": tiny_int4, "sparse_base": tiny_sparse, "adapter": tiny_adapter, "sub_adapter": "heuristic"}
+    written = _through(tmp_path, **inputs)
+    updates = _updates(tiny_adapter, _ranks_of_heuristic())
+    with ModelFolder.open(tiny_sparse) as folder:
+        for module, update in updates.items():
+            weight, values = written[module], folder.read(f"{module}.weight").astype(np.float32)
+            assert isinstance(weight, QuantizedWeight)
+            merged = (values + np.where(values != 0, update, 0)).reshape(values.shape[0], -1, weight.group_size)
+            offset = (weight.zero_points.astype(np.float16) * weight.scales).astype(np.float32)[:, :, None]
+            scaled = (merged + offset) / weight.scales.astype(np.float32)[:, :, None]
+            codes = np.clip(np.rint(scaled), 0, 15).reshape(values.shape)
+            assert np.array_equal(codes, weight.codes), module
+            zeros = np.repeat(weight.zero_points, weight.group_size, axis=1)
+            assert (weight.codes[values == 0] == zeros[values == 0]).all()
+    settle(
+        Line(
+            "SQFT QA-SparsePEFT from INT4 base, sparse base and adapter",
+            OURS,
+            "-",
+            f"{len(updates)} layers",
+            "codes: equal to the formula, pruned ones at the zero-point",
+            "u4 g32",
+            VERIFIED,
+        )
+    )
+
+
+def test_merged_gptq_folder_alone(tiny_int4: Path, tmp_path: Path) -> None:
+    written = _through(tmp_path, base=tiny_int4)
+    from safetensors.numpy import load_file
+
+    tensors = load_file(tiny_int4 / "model.safetensors")
+    count = 0
+    for name, words in tensors.items():
+        if not name.endswith(".qweight"):
+            continue
+        weight = written[name.removesuffix(".qweight")]
+        assert isinstance(weight, QuantizedWeight)
+        for nibble in range(8):
+            assert np.array_equal(weight.codes.T[nibble::8], (words.view(np.uint32) >> (4 * nibble)) & 15)
+        assert np.array_equal(weight.scales.T, tensors[name.replace("qweight", "scales")])
+        count += 1
+    settle(
+        Line(
+            "merged QA-SparsePEFT or GPTQ folder alone",
+            OURS,
+            "-",
+            f"{count} layers",
+            "codes, scales: equal",
+            "u4 g32",
+            VERIFIED,
+        )
+    )
+
+
+def test_extracted_sub_adapter(tiny_sparse: Path, tiny_adapter_sparse: Path, tmp_path: Path) -> None:
+    """As SQFT's script writes it: a pickle of tensors with lower ranks beside a config that keeps r and alpha."""
+    import torch
+    from safetensors.numpy import load_file
+
+    extracted, ranks = tmp_path / "extracted", _ranks_of_heuristic()
+    extracted.mkdir()
+    shutil.copyfile(tiny_adapter_sparse / "adapter_config.json", extracted / "adapter_config.json")
+    tensors = {}
+    for name, values in load_file(tiny_adapter_sparse / "adapter_model.safetensors").items():
+        module = name.removeprefix("base_model.model.").partition(".lora_")[0]
+        rank = ranks.get(module, 8)
+        tensors[name] = torch.tensor(values[:rank] if ".lora_A." in name else values[:, :rank])
+    torch.save(tensors, extracted / "adapter_model.bin")
+    written = _through(tmp_path, base=tiny_sparse, adapter=extracted, allow_pickle=True)
+    count = _require_merged(written, tiny_sparse, _updates(tiny_adapter_sparse, ranks), masked=True)
+    version = torch.__version__.partition("+")[0]
+    settle(
+        Line(
+            "SQFT extracted sub-adapter, adapter_model.bin (`--allow-pickle`)",
+            "torch",
+            version,
+            f"{count} layers",
+            "merged values: equal to the super-adapter's at those ranks",
+            "f16",
+            VERIFIED,
+        )
+    )
+
+
+@pytest.mark.parametrize("options", ["plain", "rank_pattern, alpha_pattern", "use_rslora"])
+def test_peft(options: str, tiny_base: Path, tmp_path: Path) -> None:
+    import peft
+    import torch
+    import transformers
+
+    more: dict[str, Any] = {}
+    if "pattern" in options:
+        more = {"rank_pattern": {"up_proj": 2}, "alpha_pattern": {"up_proj": 6, "q_proj": 12}}
+    elif options == "use_rslora":
+        more = {"use_rslora": True}
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], **more)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tuned = peft.get_peft_model(model, config)
+        for name, parameter in tuned.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+    tuned.save_pretrained(tmp_path / "adapter")
+    written = _through(tmp_path, base=tiny_base, adapter=tmp_path / "adapter")
+    merged = {name: value.double() for name, value in tuned.merge_and_unload().state_dict().items()}
+    with AdapterFolder.open(tmp_path / "adapter") as adapter:
+        modules = adapter.modules()
+    for module, weight in written.items():
+        if f"{module}.weight" not in merged or not isinstance(weight, DenseWeight) or weight.values.ndim != 2:
+            continue
+        difference = np.abs(weight.values.astype(np.float64) - merged[f"{module}.weight"].numpy())
+        # peft adds in float32; ours is rounded once more, to the base's float16. The last bits of float32 are BLAS's.
+        ulp = np.spacing(np.abs(weight.values)).astype(np.float64)
+        assert (difference <= 0.5 * ulp + 1e-6).all(), module
+    settle(
+        Line(
+            f"PEFT LoRA, {options}",
+            "peft",
+            peft.__version__,
+            f"{len(modules)} layers",
+            "merged values: equal to peft's, rounded to float16",
+            "f16",
+            VERIFIED,
+        )
+    )
+
+
+def _nncf_space(node: str, **width: Any) -> dict[str, Any]:
+    root = "PeftModelForCausalLM/LoraModel[base_model]/LlamaForCausalLM[model]/LlamaModel[model]/ModuleList[layers]"
+    path = f"{root}/{node}"
+    groups = {"overwrite_groups": width["groups"](path), "overwrite_groups_widths": width["widths"]}
+    return {"bootstrapNAS": {"training": {"elasticity": {"width": groups}}}}
+
+
+def test_shears_search_space(tiny_base: Path, tiny_sparse: Path, tiny_adapter_sparse: Path, tmp_path: Path) -> None:
+    """A template for all layers, as Shears writes it: the same ranks as SQFT's own file gives."""
+    node = "LlamaDecoderLayer[{*}]/LlamaAttention[self_attn]/Linear"
+    tail = "ModuleDict[lora_A]/NNCFLinear[default]/linear_0"
+    space = _nncf_space(
+        node,
+        groups=lambda path: [[f"{{re}}{path}[{name}_proj]/{tail}" for name in "qkv"]],
+        widths=[[8, 6, 4]],
+    )
+    file = tmp_path / "nncf_shears.json"
+    file.write_text(json.dumps(space).replace("}}}}}", "}}}},}  // a trailing comma and a comment\n"))
+    adapter = tmp_path / "adapter"
+    shutil.copytree(tiny_adapter_sparse, adapter)
+    (adapter / "elastic_adapter_config.json").unlink()
+    inputs = {"base": tiny_sparse, "adapter": adapter, "search_space": file, "sub_adapter": "heuristic"}
+    written = _through(tmp_path, **inputs)
+    count = _require_merged(written, tiny_sparse, _updates(tiny_adapter_sparse, _ranks_of_heuristic()), masked=True)
+    settle(
+        Line(
+            "search space of Shears and legacy SQFT (NNCF JSON)",
+            OURS,
+            "-",
+            f"{count} layers",
+            "ranks and merged values: equal to those of SQFT's file",
+            "f16",
+            VERIFIED,
+        )
+    )
