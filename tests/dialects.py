@@ -147,7 +147,8 @@ def layer_tensors(dialect: str, module: str, weight: Weight) -> Tensors:
         else:
             parts = {"weight": weight.values}
     elif dialect in GPTQ or dialect in AUTO_ROUND_GPTQ:
-        parts = _gptq(weight, one_less=dialect not in ("gptq-v2", "auto-round"))
+        one_less = {"gptq-v2": "no", "auto-round": "no", "auto-round-gptq": "nibbles"}.get(dialect, "words")
+        parts = _gptq(weight, one_less)
         if dialect in AUTO_ROUND_GPTQ:
             del parts["g_idx"]
     elif dialect == "awq-gemv":
@@ -161,12 +162,18 @@ def layer_tensors(dialect: str, module: str, weight: Weight) -> Tensors:
     return {f"{module}.{leaf}": array for leaf, array in parts.items()}
 
 
-def _gptq(weight: QuantizedWeight, *, one_less: bool) -> Tensors:
+def _gptq(weight: QuantizedWeight, one_less: str) -> Tensors:
+    """`one_less`: how 1 is taken off zero-points: not at all, in each nibble, or off whole words as GPTQModel does."""
     codes, groups = _in_model_order(weight)
-    zeros = [[(int(z) - 1) % 16 if one_less else int(z) for z in row] for row in weight.zero_points]
+    zeros = [[(int(z) - 1) % 16 if one_less == "nibbles" else int(z) for z in row] for row in weight.zero_points]
+    words = _pack_rows(_transposed(zeros))
+    if one_less == "words":
+        for place, word in np.ndenumerate(words):
+            less = (int(word) % 2**32 - 0x11111111) % 2**32
+            words[place] = less - 2**32 if less >= 2**31 else less
     return {
         "qweight": _transposed(_pack_rows(codes)),
-        "qzeros": _pack_rows(_transposed(zeros)),
+        "qzeros": words,
         "scales": _transposed(weight.scales),
         "g_idx": np.array(groups, np.int32),
     }

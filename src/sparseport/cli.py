@@ -128,7 +128,9 @@ def _add_export(verbs: Any) -> None:
     verb.add_argument("--output", help="folder to write")
     verb.add_argument("--rounding", choices=["sqft", "paper"], help="QA-SparsePEFT rounding rule (default sqft)")
     verb.add_argument("--embedding", choices=["fp16", "fp32", "int8"], help="how embedding and head are stored")
-    verb.add_argument("--gptq-zeros", choices=["v1", "v2"], help="override how the GPTQ file stores zero-points")
+    verb.add_argument(
+        "--gptq-zeros", choices=["v1", "v1-words", "v2"], help="override how the GPTQ file stores zero-points"
+    )
     verb.add_argument(
         "--mask-policy",
         choices=["strict", "keep-codes", "reapply"],

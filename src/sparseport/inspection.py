@@ -13,12 +13,13 @@ import numpy as np
 
 from sparseport.checkpoints.elastic import CHOICES, open_search_space
 from sparseport.checkpoints.folder import ModelFolder
+from sparseport.checkpoints.nncf_fq import NncfCheckpoint
 from sparseport.checkpoints.peft import CONFIG as ADAPTER_CONFIG
 from sparseport.checkpoints.peft import AdapterFolder
 from sparseport.errors import BadInput
 from sparseport.plan import Plan, make_plan
 from sparseport.recipe import make_recipe
-from sparseport.sources import SPARSE_FROM, Sources, open_sources
+from sparseport.sources import SPARSE_FROM, Sources, is_nncf_checkpoint, open_sources
 from sparseport.verify.certificate import FILE_NAME as CERTIFICATE
 from sparseport.verify.certificate import Certificate
 from sparseport.weights.linear import DenseWeight, QuantizedWeight
@@ -105,7 +106,7 @@ def inspect(path: Path, *, allow_pickle: bool = False, on_layer: Step = lambda: 
     path = Path(path)
     if path.is_file() and path.suffix == ".gguf":
         return _inspect_gguf(path)
-    if not path.is_dir():
+    if not path.is_dir() and not (path.is_file() and is_nncf_checkpoint(path)):
         raise BadInput(
             "nothing to inspect here",
             where=path,
@@ -117,6 +118,8 @@ def inspect(path: Path, *, allow_pickle: bool = False, on_layer: Step = lambda: 
         return _inspect_export(path)
     if (path / ADAPTER_CONFIG).is_file():
         return _inspect_adapter(path, allow_pickle)
+    if is_nncf_checkpoint(path):
+        return _inspect_nncf(path, allow_pickle)
     return _inspect_base(path, allow_pickle, on_layer)
 
 
@@ -299,6 +302,39 @@ def _inspect_adapter(path: Path, allow_pickle: bool) -> Inspection:
         extra = [] if choice == "maximal" else ["--sub-adapter", choice]
         command = ["sparseport", "export", "--target", "openvino", *needs, "--adapter", str(path), *extra]
         found.next.append(_command([*command, "--output", "OUT"]))
+    return found
+
+
+def _inspect_nncf(path: Path, allow_pickle: bool) -> Inspection:
+    with NncfCheckpoint.open(path, allow_pickle=allow_pickle) as tuned:
+        modules, ranks, elastic = tuned.modules(), tuned.ranks(), tuned.elastic_ranks()
+        kinds: Counter[str] = Counter()
+        for module in modules:
+            quantizer = tuned.quantizer(module) if not tuned.has_model_state else None
+            if quantizer is not None:
+                group = "one group per row" if quantizer.group_size == -1 else f"g{quantizer.group_size}"
+                kinds[f"int{quantizer.bits} {group} {'sym' if quantizer.symmetric else 'asym'}"] += 1
+            tuned.release()
+        result = tuned.result_json
+        found = Inspection(
+            "adapter", f"NNCF {'FQ_LORA_NLS' if elastic else 'FQ_LORA'} checkpoint for {len(modules)} layers"
+        )
+        found.warnings = list(tuned.warnings)
+    found.writer = "nncf"
+    found.facts = {
+        "quantisers": ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
+        or "known with the base only",
+        "tensor ranks": ", ".join(f"{count} x {rank}" for rank, count in sorted(Counter(ranks.values()).items())),
+        "searched ranks": result.name if result else "no result.json",
+    }
+    found.keeps.append("codes, zero-points and scales as nncf.strip gives them, embedding and head among them")
+    found.loses.append(
+        "pruned weights of a sparse base: NNCF's adapters have no mask; an export counts what they revive"
+    )
+    for choice in ("maximal", "heuristic") if result and elastic else ("maximal",):
+        extra = [] if choice == "maximal" else ["--sub-adapter", choice]
+        command = ["sparseport", "export", "--target", "openvino", "--base", "BASE", "--adapter", str(path)]
+        found.next.append(_command([*command, "--allow-pickle", *extra, "--output", "OUT"]))
     return found
 
 

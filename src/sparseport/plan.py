@@ -269,7 +269,7 @@ def _plan_fq_lora(module: str, form: LayerFormat, sources: Sources) -> LayerPlan
         "fq_lora",
         form.shape,
         f"{form.label} + NNCF int{quantizer.bits} g{group} {kind}",
-        f"u{quantizer.bits} g{stored}",
+        f"{'i4' if quantizer.symmetric and quantizer.bits == 4 else f'u{quantizer.bits}'} g{stored}",
         group,
         stored,
         sources.rank_of(module),

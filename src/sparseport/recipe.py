@@ -68,7 +68,9 @@ class Recipe(_Strict):
     target: tuple[Target, ...] = Field(("openvino",), min_length=1, description="runtimes to export to")
     output: Path = Field(description="folder to write; appears whole or not at all")
     rounding: RoundingRule = Field(RoundingRule.SQFT, description="QA-SparsePEFT rounding: sqft or paper")
-    gptq_zeros: ZeroPointStorage | None = Field(None, description="override of the GPTQ zero-point storage: v1 or v2")
+    gptq_zeros: ZeroPointStorage | None = Field(
+        None, description="override of the GPTQ zero-point storage: v1, v1-words or v2"
+    )
     mask_policy: Literal["strict", "keep-codes", "reapply"] = Field(
         "strict", description="what to do when an input itself breaks the mask: refuse, keep and record, or re-prune"
     )

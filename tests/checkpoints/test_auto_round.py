@@ -83,6 +83,16 @@ def test_round_trip(scratch, data, dialect, scale_dtype):
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
+def test_negative_scales_keep_their_sign(tmp_path, dialect):
+    """AutoRound's symmetric schemes give a group the sign of its largest weight."""
+    weight = random_layer(dialect)
+    weight.scales[::2] *= -1
+    back = read_layer(write_layer(tmp_path, dialect, weight))
+    assert_same_weight(back, weight)
+    assert (back.scales < 0).any() and (back.scales > 0).any()
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
 def test_symmetric_layers(tmp_path, dialect):
     weight = random_layer(dialect)
     weight = QuantizedWeight(weight.codes, weight.scales, np.full_like(weight.zero_points, 8), weight.group_size)

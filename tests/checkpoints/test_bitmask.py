@@ -182,7 +182,6 @@ DAMAGE_24 = {
     "a bit beyond the columns": ("bitmask", np.array([[0b10100011, 0b10110]], np.uint8), "bitmask", "E_BITMASK"),
     "values in a row": ("compressed", np.ones(6, np.float16), "compressed", "E_SHAPE"),
     "a column less": ("compressed", np.ones((1, 5), np.float16), "compressed", "E_SHAPE"),
-    "columns that fill no blocks": ("shape", np.array([[1], [10]]), "compressed", "E_SHAPE"),
     "no mask": ("bitmask", None, "bitmask", "E_TENSOR"),
     "no shape": ("shape", None, "shape", "E_TENSOR"),
 }
@@ -205,6 +204,13 @@ def test_bad_row_is_named(tmp_path):
         stored(tmp_path, "sparse-bitmask", {**SPARSE, "row_offsets": np.array([0, 3])}), BadInput, "row_offsets"
     )
     assert error.where.endswith("row 1")
+
+
+def test_two_in_four_of_columns_that_fill_no_blocks(tmp_path):
+    ten = {"shape": np.array([[1], [10]]), "compressed": np.ones((1, 5), np.float16)}
+    path = stored(tmp_path, "sparse-24-bitmask", {**TWO_OF_FOUR, "bitmask": np.array([[0x33, 1]], np.uint8), **ten})
+    error = refusal(path, BadInput, "compressed")
+    assert error.code == "E_SHAPE" and error.found == "10"
 
 
 @pytest.mark.parametrize("layout", BITMASK)

@@ -174,11 +174,11 @@ def test_settings_without_packed_layers(tmp_path, dialect):
 
 # Settings of the first kind, words of the second; v1 and v2 differ in nothing but the label (see the GPTQ tests).
 ALIKE = [
-    ("gptq-v1", ("gptq-act-order", "auto-round-gptq")),
+    ("gptq-v1", ("gptq-act-order",)),
     ("awq-gemm", ("auto-round-awq",)),
     ("ct-pack-asym", ("ct-pack-group-order", "ct-pack-int8-zeros")),
 ]
-LABEL_ONLY = ("gptq-v2", "auto-round")
+LABEL_ONLY = ("gptq-v2", "auto-round", "auto-round-gptq")
 
 
 @pytest.mark.parametrize(("said", "dialect"), [(said, dialect) for said, others in ALIKE for dialect in others])
@@ -246,6 +246,9 @@ def test_older_name_of_the_settings(tmp_path):
     del settings["quant_method"]
     config["compression_config"] = settings
     (path / "config.json").write_text(json.dumps(config))
+    assert_same_weight(read_layer(path), weight)
+
+    (path / "config.json").write_text(json.dumps({**config, "quantization_config": None}))
     assert_same_weight(read_layer(path), weight)
 
     both = {**config, "quantization_config": {**settings, "quant_method": "compressed-tensors"}}

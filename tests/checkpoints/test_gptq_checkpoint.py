@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -475,7 +476,7 @@ def test_layers_that_cannot_be_written():
 def test_autoround_file_comes_back_byte_for_byte(shared_dir):
     with ModelFolder.open(shared_dir / "checkpoints" / "gptq-v1-asym-g64-autoround") as folder:
         config = read_quantization_config(folder)
-        assert config == GptqConfig(4, 64, False, False, V1)
+        assert config == GptqConfig(4, 64, False, False, V1, signed_scales=True)
         for name in folder.linear_names():
             layer = read_gptq_linear(folder, name, config)
             for tensor, array in gptq_tensors(name, layer, V1).items():
@@ -492,3 +493,22 @@ def test_autoround_labelled_v2_is_noticed(shared_dir, tmp_path):
     (tmp_path / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
     with ModelFolder.open(tmp_path) as folder, pytest.raises(BadInput, match="--gptq-zeros"):
         read_quantization_config(folder)
+
+
+def test_gptqmodel_takes_one_off_whole_words(tmp_path):
+    """z = 0, 15, 8, 8, 8, 8, 8, 8: the 0 borrows from the 15. Read as nibbles, the 15 would be a 14."""
+    layer = weight()
+    points = np.full_like(layer.zero_points, 8)
+    points[0], points[1] = 0, 15
+    layer = replace(layer, zero_points=points)
+    tensors = gptq_tensors(NAME, layer, ZeroPointStorage.V1_WORDS)
+    assert {int(word) & 0xFFFFFFFF for word in tensors[f"{NAME}.qzeros"][:, 0]} == {0x777777DF}
+    config = quantization_config(layer, V1, meta={"quantizer": ["gptqmodel:7.7.0"]})
+    assert_equal(read(save(tmp_path / "gptqmodel", config, tensors)), layer)
+    # AutoGPTQ and SQFT wrap each nibble; without a name that is what a file means.
+    tensors = gptq_tensors(NAME, layer, V1)
+    assert {int(word) & 0xFFFFFFFF for word in tensors[f"{NAME}.qzeros"][:, 0]} == {0x777777EF}
+    plain = save(tmp_path / "plain", quantization_config(layer, V1), tensors)
+    assert_equal(read(plain), layer)
+    other = read(plain, zero_storage=ZeroPointStorage.V1_WORDS)
+    assert other.zero_points[0, 0] == 0 and other.zero_points[1, 0] == 0 and other.zero_points[2, 0] == 9

@@ -83,6 +83,37 @@ def test_the_more_specific_target_wins(groups, value):
     assert first_match("m.q_proj", groups, "Linear") == value
 
 
+def test_a_name_wins_wherever_it_stands_in_the_alphabet():
+    groups = [(["re:.*q_proj"], 1), (["transformer.q_proj"], 2), (["Linear"], 3)]
+    assert first_match("transformer.q_proj", groups, "Linear") == 2
+    assert first_match("model.q_proj", groups, "Linear") == 1
+    assert first_match("model.v_proj", groups, "Linear") == 3
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "ab?c",
+        "ab*c",
+        "ab+c",
+        "ab{2}c",
+        "ab{0}c",
+        "ab$",
+        "^ab",
+        "a^b",
+        "a$b",
+        "(a|ab)(c|bc)$",
+        "(|a)b",
+        "a.c",
+        "a[^b]c",
+        ".*$",
+    ],
+)
+def test_every_construct_by_itself(pattern):
+    names = ["ac", "abc", "abbc", "abbbc", "ab", "ab\n", "ab\nc", "a\nc", "b", "xab", "", "\n"]
+    assert [compiled(pattern).match(n) for n in names] == [re.match(pattern, n) is not None for n in names]
+
+
 HOSTILE = [
     r"(a+)+$",
     r"(a*)*b",

@@ -27,7 +27,7 @@ from sparseport.checkpoints.dialect import (
     read_part,
 )
 from sparseport.checkpoints.folder import ModelFolder
-from sparseport.checkpoints.writer_of import writer_of
+from sparseport.checkpoints.writer_of import scales_may_be_negative, writer_of
 from sparseport.errors import BadInput, Unsupported
 from sparseport.weights.linear import U8, Array, QuantizedWeight
 from sparseport.weights.packing import unpack_awq_words, unpack_row_words
@@ -133,7 +133,8 @@ class Awq:
             zero_points=np.ascontiguousarray(zero_points),
             group_size=form.group_size,
         )
-        return weight.check(f"{folder.path}, tensor {module}.scales")
+        signed = scales_may_be_negative(folder.config.get("quantization_config", {}))
+        return weight.check(f"{folder.path}, tensor {module}.scales", signed_scales=signed)
 
     def _check_filling(self, module: str, zero_points: U8, scales: Array) -> None:
         if zero_points.any() or scales.any():

@@ -31,6 +31,7 @@ from sparseport.checkpoints.dialect import (
 )
 from sparseport.checkpoints.folder import ModelFolder
 from sparseport.checkpoints.module_targets import compiled, first_match
+from sparseport.checkpoints.writer_of import scales_may_be_negative
 from sparseport.errors import BadInput, Unsupported
 from sparseport.weights.linear import U8, QuantizedWeight
 from sparseport.weights.packing import unpack_row_words
@@ -118,7 +119,8 @@ class PackQuantized:
             group_size=form.group_size,
             input_order=order,
         )
-        return weight.check(f"{folder.path}, tensor {module}.weight_scale")
+        signed = scales_may_be_negative(folder.config.get("quantization_config") or {})
+        return weight.check(f"{folder.path}, tensor {module}.weight_scale", signed_scales=signed)
 
     def _scheme_of(self, module: str) -> Scheme:
         found = first_match(module, tuple((scheme.targets, scheme) for scheme in self._schemes), "Linear")

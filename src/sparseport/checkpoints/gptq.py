@@ -30,7 +30,7 @@ from sparseport.checkpoints.dialect import (
 from sparseport.checkpoints.folder import ModelFolder
 from sparseport.checkpoints.gptq_zeros import decide_zero_storage
 from sparseport.checkpoints.separate_settings import check_separate
-from sparseport.checkpoints.writer_of import writer_of
+from sparseport.checkpoints.writer_of import scales_may_be_negative, writer_of
 from sparseport.errors import BadInput, FidelityError, Unsupported
 from sparseport.weights.linear import Array, QuantizedWeight
 from sparseport.weights.packing import (
@@ -59,10 +59,11 @@ _PLAIN: dict[str, tuple[object, ...]] = {
 class GptqConfig:
     """What a GPTQ checkpoint says about itself, with the open question of its zero-points settled.
 
-    group_size    input columns per group; -1 = one group for all
-    desc_act      columns were quantised in order of activation size (act-order), so g_idx matters
-    zero_storage  how qzeros are stored
-    varies        some layers have settings of their own (GPTQModel's `dynamic`, AutoRound's `extra_config`)
+    group_size     input columns per group; -1 = one group for all
+    desc_act       columns were quantised in order of activation size (act-order), so g_idx matters
+    zero_storage   how qzeros are stored
+    varies         some layers have settings of their own (GPTQModel's `dynamic`, AutoRound's `extra_config`)
+    signed_scales the writer's scales may be negative
     """
 
     bits: int
@@ -71,6 +72,7 @@ class GptqConfig:
     desc_act: bool
     zero_storage: ZeroPointStorage
     varies: bool = False
+    signed_scales: bool = False
 
 
 def read_quantization_config(
@@ -136,7 +138,7 @@ def read_quantization_config(
     varies = bool(raw.get("dynamic") or raw.get("extra_config"))
     _check_zeros(folder, varies)
     storage = decide_zero_storage(folder, raw, sym=sym, override=zero_storage)
-    return GptqConfig(bits, group_size, sym, desc_act, storage, varies)
+    return GptqConfig(bits, group_size, sym, desc_act, storage, varies, scales_may_be_negative(raw))
 
 
 def gptq_format(folder: ModelFolder, name: str, config: GptqConfig) -> LayerFormat:
@@ -165,10 +167,10 @@ def gptq_format(folder: ModelFolder, name: str, config: GptqConfig) -> LayerForm
             code="E_GROUP",
         )
     groups = columns // group_size
-    if out == 0 or out % 8:
+    if out % 8:
         raise BadInput(
             "output features do not fill whole words of zero-points",
-            expected="a positive multiple of 8",
+            expected="a multiple of 8",
             found=out,
             where=where,
             fix=DAMAGED,
@@ -208,7 +210,7 @@ def read_gptq_linear(folder: ModelFolder, name: str, config: GptqConfig) -> Quan
             code="E_ZEROS",
         )
     weight = QuantizedWeight(codes, np.ascontiguousarray(scales.T), zero_points, group_size, input_order=order)
-    return weight.check(f"{folder.path}, tensor {name}.scales")
+    return weight.check(f"{folder.path}, tensor {name}.scales", signed_scales=config.signed_scales)
 
 
 class Gptq:
@@ -217,7 +219,7 @@ class Gptq:
     def __init__(self, folder: ModelFolder, config: GptqConfig, writer: str = "") -> None:
         self._folder = folder
         self.config = config
-        self.name = f"GPTQ {config.zero_storage.value}" + (" act-order" if config.desc_act else "")
+        self.name = f"GPTQ {config.zero_storage.value[:2]}" + (" act-order" if config.desc_act else "")
         self.writer = writer
 
     def holds(self, module: str) -> bool:
@@ -290,7 +292,7 @@ def gptq_config_dict(
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The `quantization_config` entry of config.json for tensors from `gptq_tensors`."""
-    label = "gptq" if storage is ZeroPointStorage.V1 else "gptq_v2"
+    label = "gptq_v2" if storage is ZeroPointStorage.V2 else "gptq"
     return {
         "quant_method": "gptq",
         "bits": bits,

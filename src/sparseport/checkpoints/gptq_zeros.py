@@ -1,6 +1,7 @@
 """How a GPTQ checkpoint stores its zero-points: V1 (z - 1) or V2 (z). A wrong guess shifts every weight by one scale.
 
 The label in the config is not enough: writers exist that say "gptq" and store V2. So the data must agree with it.
+GPTQModel takes 1 off whole words, so a z of 0 borrows from its neighbour; its name in the config tells.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from typing import Any
 import numpy as np
 
 from sparseport.checkpoints.folder import ModelFolder
+from sparseport.checkpoints.writer_of import writer_of
 from sparseport.errors import BadInput, Unsupported
 from sparseport.weights.linear import U8
 from sparseport.weights.packing import ZeroPointStorage, unpack_gptq_codes, unpack_gptq_zero_points
 
 _LABELS = {"gptq": ZeroPointStorage.V1, "gptq_v2": ZeroPointStorage.V2}
 _ASK = "say which it is with --gptq-zeros v1 (z - 1 is stored) or --gptq-zeros v2 (z is stored)"
+_GPTQMODEL = "gptqmodel"
 # Evidence from asymmetric data: mean of code - z over a layer, in steps; trained weights are centred on zero.
 _SAMPLED_LAYERS, _ENOUGH_CODES, _CENTRED, _SHIFTED = 8, 4096, 0.3, 0.7
 
@@ -49,6 +52,8 @@ def decide_zero_storage(
     if sym:
         return _from_symmetric(folder, modules, label, override)
     chosen = override or label or ZeroPointStorage.V1
+    if chosen is ZeroPointStorage.V1 and override is None and writer_of(raw).startswith(_GPTQMODEL):
+        chosen = ZeroPointStorage.V1_WORDS
     if override is None:
         _check_centred(folder, modules, chosen, labelled=label is not None)
     if chosen is ZeroPointStorage.V1:
@@ -120,6 +125,8 @@ def _from_symmetric(
         seen = by_value[value]
     assert seen is not None
     claim = override or label
+    if claim is ZeroPointStorage.V1_WORDS:
+        claim = ZeroPointStorage.V1  # the same where no zero-point is 0
     if claim is not None and claim is not seen:
         who = "--gptq-zeros" if override else "checkpoint_format in config.json"
         raise BadInput(
@@ -139,16 +146,17 @@ def _check_centred(folder: ModelFolder, modules: list[str], chosen: ZeroPointSto
     shifts = [s for m in modules[::step][:_SAMPLED_LAYERS] if (s := _mean_shift(folder, m)) is not None]
     if not shifts:
         return
-    other = ZeroPointStorage.V2 if chosen is ZeroPointStorage.V1 else ZeroPointStorage.V1
-    mine = abs(float(np.median([s[chosen] for s in shifts])))
+    one_less, as_it_is = ZeroPointStorage.V1, ZeroPointStorage.V2
+    own, other = (as_it_is, one_less) if chosen is as_it_is else (one_less, as_it_is)
+    mine = abs(float(np.median([s[own] for s in shifts])))
     theirs = abs(float(np.median([s[other] for s in shifts])))
     if mine > _SHIFTED and theirs < _CENTRED:
         source = "config.json says" if labelled else "without checkpoint_format the file counts as"
         raise BadInput(
-            f"{source} {chosen.name} zero-points, but then the weights are off centre by {mine:.2f} steps "
+            f"{source} {own.name} zero-points, but then the weights are off centre by {mine:.2f} steps "
             f"(as {other.name}: {theirs:.2f})",
             where=f"{folder.path}, tensor {modules[0]}.qzeros",
-            expected=chosen.name,
+            expected=own.name,
             found=f"data like {other.name}",
             fix=_ASK,
             code="E_ZEROS",
@@ -178,7 +186,10 @@ def _note_wraps(folder: ModelFolder, modules: list[str]) -> None:
         # An old writer turned z = 0 into -1 and spilled ones over the rest of the word.
         suspicious += int((words[:, 6:] == 15).all(axis=1).sum())
     if wrapped:
-        folder.warnings.append(f"qzeros: {wrapped} zero-points are stored as 15 and mean 0 (V1 wraps around)")
+        folder.warnings.append(
+            f"qzeros: {wrapped} zero-points are stored as 15 and are read as 0 (V1 wraps around in each "
+            "nibble); if GPTQModel wrote the file, --gptq-zeros v1-words reads it as GPTQModel does"
+        )
     if suspicious:
         folder.warnings.append(
             f"qzeros: {suspicious} words end in 15s, as an old AutoGPTQ wrote them when a zero-point of 0 overflowed; "

@@ -100,6 +100,11 @@ class NncfCheckpoint:
         checkpoint._temporary = temporary
         return checkpoint
 
+    @property
+    def has_model_state(self) -> bool:
+        """Whether the checkpoint brings weights of its own, so that nothing can be read before `check_base`."""
+        return bool(self._model_state)
+
     def modules(self) -> list[str]:
         """Quantised modules by their name in the base checkpoint, embedding and head among them."""
         return sorted(self._hooks, key=natural)

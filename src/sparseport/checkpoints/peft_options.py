@@ -215,7 +215,7 @@ def _expression(key: str, option: str, modules: list[str], where: str) -> tuple[
         if step["close"]:
             branches, alternatives[1] = branches * alternatives[1], 1
         place = step.end()
-    if not key or place < len(key) or depth:
+    if not key or place < len(key):
         raise _refused(key, option, where, plain)
     try:
         expression = re.compile(rf"(.*\.)?({key})$")

@@ -24,3 +24,8 @@ def writer_of(raw: Mapping[str, Any]) -> str:
         return quantizer.replace(":", " ")
     provider = raw.get("provider")
     return provider if isinstance(provider, str) else ""
+
+
+def scales_may_be_negative(raw: Mapping[str, Any]) -> bool:
+    """Whether the writer is AutoRound: its symmetric schemes give a group the sign of its largest weight."""
+    return raw.get("provider") == "auto-round" or bool(raw.get("autoround_version"))

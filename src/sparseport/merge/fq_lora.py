@@ -82,10 +82,8 @@ class _Grid:
 def merge_fq_lora(base: DenseWeight, quantizer: FakeQuantizer, rank: int | None, where: str) -> FqMerged:
     """Quantise W + B[:, :rank] A[:rank] on the trained grid, as nncf.strip does.
 
-    A symmetric grid becomes unsigned; with 4 bits: if its scale s > 0, level q is code q + 8 and the zero-point is 8.
-    If s < 0, which NNCF chooses where a group's largest weight is positive, the stored scale is |s| and q changes its
-    sign: code 8 - q. The lowest level has no counterpart above zero, so a group that uses q = -8 gets zero-point 7 and
-    code 7 - q: q = -8 becomes 15 and q = 7 becomes 0. Either way |s| * (code - zero_point) is the same number as s * q.
+    A symmetric grid becomes unsigned: level q is code q + 2**(bits - 1) with the zero-point in the middle. Its scale
+    may be negative, as NNCF chooses it where a group's largest weight is positive, and is carried with its sign.
 
     Args:
         base: [out, in], float16, bfloat16 or float32; the dtype decides how W' is rounded (see the module).
@@ -129,10 +127,10 @@ def merge_fq_lora(base: DenseWeight, quantizer: FakeQuantizer, rank: int | None,
         np.clip(levels, grid.bottom, grid.top, out=levels)
         codes[block], zero_points[block] = _unsigned(levels, grid, block)
     with np.errstate(over="ignore"):  # an infinite scale is refused by check
-        scales = np.abs(grid.step).astype(np.float16)
+        scales = grid.step.astype(np.float16)
     weight = QuantizedWeight(
         codes.reshape(rows, columns), scales, zero_points, columns // groups, quantizer.bits, base.mask
-    ).check(where)
+    ).check(where, signed_scales=True)
     return FqMerged(weight, 0 if base.mask is None else revived(weight, base.mask))
 
 
@@ -263,8 +261,5 @@ def _unsigned(levels: F32, grid: _Grid, block: slice) -> tuple[U8, U8]:
     """Codes and zero-points of levels [rows, groups, columns per group]; see `merge_fq_lora`."""
     if grid.bottom == 0:
         return levels.astype(np.uint8), grid.zero[block].astype(np.uint8)
-    turned = grid.step[block] < 0
-    lowest = (levels == grid.bottom).any(axis=2)
-    zero_points = np.where(turned & lowest, grid.top, -grid.bottom)
-    codes = zero_points[:, :, None] + np.where(turned[:, :, None], -levels, levels)
-    return codes.astype(np.uint8), zero_points.astype(np.uint8)
+    middle = np.full(grid.step[block].shape, -grid.bottom, np.uint8)
+    return (levels - np.float32(grid.bottom)).astype(np.uint8), middle

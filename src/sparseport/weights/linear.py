@@ -57,7 +57,7 @@ class QuantizedWeight:
     """A group-quantised weight: W = scales * (codes - zero_points).
 
     codes        uint8 [out, in], unpacked, 0 .. 2**bits - 1
-    scales       [out, groups], in the dtype they were stored in
+    scales       [out, groups], in the dtype they were stored in; some writers' are negative (AutoRound, NNCF)
     zero_points  uint8 [out, groups], 0 .. 2**bits - 1 (symmetric: all 2**(bits-1))
     group_size   input columns per group, after `input_order`
     bits         4
@@ -85,11 +85,13 @@ class QuantizedWeight:
     def with_mask(self, mask: Mask | None) -> QuantizedWeight:
         return replace(self, mask=mask)
 
-    def check(self, where: str) -> QuantizedWeight:
+    def check(self, where: str, *, signed_scales: bool = False) -> QuantizedWeight:
         """Return self if shapes and ranges agree.
 
+        signed_scales  whether the writer is one whose scales may be negative
+
         Raises:
-            BadInput: shapes disagree, a code or zero-point is out of range, or a scale is not finite and positive.
+            BadInput: shapes disagree, a code or zero-point is out of range, or `check_scales` refuses a scale.
         """
         out, cols = self.shape
         if self.group_size < 1 or cols % self.group_size:
@@ -108,7 +110,7 @@ class QuantizedWeight:
         for label, array in (("code", self.codes), ("zero-point", self.zero_points)):
             if array.size and int(array.max()) > top:
                 raise BadInput(f"{label} out of range", where=where, expected=f"0..{top}", found=int(array.max()))
-        check_scales(self.scales, where)
+        check_scales(self.scales, where, signed=signed_scales)
         if self.mask is not None and self.mask.shape != self.shape:
             raise BadInput("mask has the wrong shape", where=where, expected=self.shape, found=self.mask.shape)
         return self
@@ -142,20 +144,20 @@ class LowRankBranch:
         return replace(self, a=self.a[:rank], b=self.b[:, :rank])
 
 
-def check_scales(scales: Array, where: str) -> None:
-    """Refuse scales that are NaN, infinite, zero or negative.
+def check_scales(scales: Array, where: str, *, signed: bool = False) -> None:
+    """Refuse scales that are NaN, infinite or zero, and negative ones unless `signed`.
 
     Raises:
         BadInput: names the first bad row and group, and how many there are.
     """
     values = scales.astype(np.float32)
-    bad = ~(np.isfinite(values) & (values > 0))
+    bad = ~(np.isfinite(values) & ((values != 0) if signed else (values > 0)))
     if bad.any():
         row, group = (int(i) for i in np.argwhere(bad)[0])
         raise BadInput(
-            f"{int(bad.sum())} quantisation scales are not finite and positive",
+            f"{int(bad.sum())} quantisation scales are not finite and {'different from 0' if signed else 'positive'}",
             where=f"{where}, row {row}, group {group}",
-            expected="a finite scale above 0",
+            expected="a finite scale other than 0" if signed else "a finite scale above 0",
             found=values[row, group],
             fix="quantise this layer again; a zero or NaN scale usually comes from an all-zero or NaN group",
             code="E_SCALE",

@@ -2,7 +2,8 @@
 
 OpenVINO u4 / i4   element 2k in the low nibble of byte k, element 2k+1 in the high nibble, C order
 GPTQ qweight       int32 [in/8, out], input column 8i+k at bits 4k of word i (low nibble first along `in`)
-GPTQ qzeros        int32 [groups, out/8], output row 8j+k at bits 4k of word j; v1 stores z - 1, v2 stores z
+GPTQ qzeros        int32 [groups, out/8], output row 8j+k at bits 4k of word j; v1 stores z - 1 (see
+                   `ZeroPointStorage` for two ways to do so), v2 stores z
 AWQ gemm           int32 [in, out/8] and [groups, out/8], row 8j+c of the weight at bits 4*AWQ_ORDER[c] of word j
 AWQ gemv           int32 [out, in/8], column 8j+k at bits 4k of word j
 compressed-tensors int32 [out, in/8], column 8j+k at bits 4k of word j, stored as q + 8; zero-points likewise, but
@@ -22,14 +23,22 @@ from sparseport.weights.linear import U8
 I32 = npt.NDArray[np.int32]
 
 _NIBBLE_SHIFTS = np.arange(0, 32, 4, dtype=np.uint32)
+_ONES = 0x11111111  # one in each nibble of a word
 # Which nibble of a word holds element 0..7: AWQ's kernels want even and odd elements apart.
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 class ZeroPointStorage(str, Enum):
-    """What a GPTQ file stores for zero-point z: V1 stores (z - 1) mod 16, V2 stores z."""
+    """What a GPTQ file stores for zero-points.
+
+    V1        (z - 1) mod 16 in each nibble, as AutoGPTQ and SQFT read it
+    V1_WORDS  the word of all eight z minus 0x11111111, as GPTQModel writes and reads it: a z of 0 borrows from the next
+              nibble. The same as V1 where no z is 0
+    V2        z
+    """
 
     V1 = "v1"
+    V1_WORDS = "v1-words"
     V2 = "v2"
 
 
@@ -100,16 +109,23 @@ def unpack_gptq_codes(qweight: I32) -> U8:
 
 def pack_gptq_zero_points(zero_points: U8, storage: ZeroPointStorage) -> I32:
     """Zero-points uint8 [out, groups] -> GPTQ `qzeros` int32 [groups, out/8]."""
-    stored = zero_points if storage is ZeroPointStorage.V2 else (zero_points - np.uint8(1)) & np.uint8(15)
-    return np.ascontiguousarray(pack_words_low_first(np.ascontiguousarray(stored)).T)
+    stored = (zero_points - np.uint8(1)) & np.uint8(15) if storage is ZeroPointStorage.V1 else zero_points
+    words = np.ascontiguousarray(pack_words_low_first(np.ascontiguousarray(stored)).T)
+    return _add_to_words(words, -_ONES) if storage is ZeroPointStorage.V1_WORDS else words
 
 
 def unpack_gptq_zero_points(qzeros: I32, storage: ZeroPointStorage) -> U8:
     """GPTQ `qzeros` int32 [groups, out/8] -> zero-points uint8 [out, groups]; a stored 15 is z = 0 in v1."""
-    stored = unpack_words_low_first(np.ascontiguousarray(qzeros.T))
+    words = _add_to_words(qzeros, _ONES) if storage is ZeroPointStorage.V1_WORDS else qzeros
+    stored = unpack_words_low_first(np.ascontiguousarray(words.T))
     if storage is ZeroPointStorage.V1:
         stored = (stored + np.uint8(1)) & np.uint8(15)
     return stored
+
+
+def _add_to_words(words: I32, number: int) -> I32:
+    """Words plus a number modulo 2**32, with carries between nibbles."""
+    return ((words.astype(np.int64) + number) & 0xFFFFFFFF).astype(np.uint32).view(np.int32)
 
 
 def pack_awq_words(values: U8) -> I32:
