@@ -21,10 +21,10 @@ export CI = true
 export NNCF_CI = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint format bench clean
+.PHONY: help env demo test lint format formats bench second-opinion clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
 env: $(READY) ## create .venv with the tested versions (minutes the first time, nothing afterwards)
 
@@ -53,6 +53,12 @@ lint: $(READY) ## ruff, formatting and types
 format: $(READY) ## rewrite the sources the way `make lint` wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+formats: $(READY) ## write the tables of docs/formats.md anew, from the tests that prove them
+	SPARSEPORT_WRITE_FORMATS=1 $(BIN)/python -m pytest -q tests/e2e -k formats
+
+second-opinion: $(READY) ## the third-party tools' files and their own dequantisation; gigabytes of environments
+	$(BIN)/python benchmarks/second_opinion.py
 
 bench: $(READY) ## run the comparisons in benchmarks/
 	$(BIN)/python benchmarks/fidelity.py

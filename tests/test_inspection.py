@@ -95,6 +95,20 @@ def test_third_party_samples(shared_dir: Path) -> None:
     assert found.title == "LoRA adapter for 150 layers" and found.writer == "peft 0.21.2"
 
 
+def test_declared_pattern_is_compared(repo_root: Path, tmp_path: Path) -> None:
+    sample = repo_root / "tests" / "data" / "samples" / "compressed-tensors-sparse-24-bitmask"
+    found = inspect(sample)
+    assert found.facts["declared sparsity"] == "2:4, kept by 7 of 7 layers"
+    assert "the mask that is stored with the weights" in found.keeps
+    assert all(layer.pruned == layer.weights // 2 for layer in found.layers if layer.module != "lm_head")
+    other = tmp_path / "other"
+    shutil.copytree(sample.parent / "compressed-tensors-sparse-bitmask", other)
+    config = json.loads((other / "config.json").read_text())
+    config["quantization_config"]["sparsity_config"]["sparsity_structure"] = "2:4"
+    (other / "config.json").write_text(json.dumps(config))
+    assert inspect(other).facts["declared sparsity"].startswith("2:4, kept by 0 of ")
+
+
 def test_the_command_line(tiny_int4: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(tiny_int4), "--json", "--quiet"]) == 0
     data = json.loads(capsys.readouterr().out)

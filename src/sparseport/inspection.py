@@ -211,8 +211,22 @@ def _base_facts(base: ModelFolder, layers: list[LayerReport]) -> dict[str, str]:
             facts[key] = str(config[key])
     facts["linear layers"] = f"{len(layers)}, {sum(layer.weights for layer in layers):,} weights"
     facts["formats"] = ", ".join(f"{count} x {label}" for label, count in Counter(x.format for x in layers).items())
+    if declared := _declared_pattern(config):
+        inner = [layer for layer in layers if layer.module != base.head_name]
+        kept = sum(1 for layer in inner if layer.pattern == declared)
+        facts["declared sparsity"] = f"{declared}, kept by {kept} of {len(inner)} layers"
     facts["head"] = "tied to the embedding" if base.tied_head else "stored on its own"
     return facts
+
+
+def _declared_pattern(config: dict[str, Any]) -> str | None:
+    """The N:M pattern that compressed-tensors' metadata names, or None."""
+    for key in ("quantization_config", "compression_config"):
+        sparsity = config[key].get("sparsity_config") if isinstance(config.get(key), dict) else None
+        pattern = sparsity.get("sparsity_structure") if isinstance(sparsity, dict) else None
+        if pattern in ("2:4", "4:8"):
+            return str(pattern)
+    return None
 
 
 def _judge_base(found: Inspection, sources: Sources, plan: Plan) -> None:

@@ -152,7 +152,7 @@ def _revived_note(linears: dict[str, dict[str, Any]]) -> list[str]:
     revived, pruned = sum(facts["revived"] for facts in found), sum(facts["pruned"] for facts in found)
     return [
         f"{revived:,} of {pruned:,} pruned weights of the base are not zero any more ({revived / pruned:.2%}): NNCF's "
-        "FQ_LORA adapters have no mask; fine-tune with SparsePEFT or QA-SparsePEFT to keep them"
+        "FQ_LORA adapters have no mask; `--mask-policy reapply` prunes them again, SparsePEFT never moves them"
     ]
 
 

@@ -14,7 +14,7 @@ from sparseport.checkpoints.dialect import LayerFormat
 from sparseport.checkpoints.safetensors_header import numpy_dtype
 from sparseport.errors import BadInput, EnvironmentProblem, FidelityError, SparseportError, Unsupported
 from sparseport.merge.fq_lora import merge_fq_lora
-from sparseport.merge.layer import Merged, merge_layer
+from sparseport.merge.layer import Merged, merge_layer, prune_again
 from sparseport.recipe import Recipe
 from sparseport.sources import SPARSE_FROM, Sources
 from sparseport.weights.grouping import openvino_group_size, openvino_layout
@@ -200,6 +200,9 @@ def merge_planned(recipe: Recipe, sources: Sources, layer: LayerPlan) -> Merged:
         tuned = merge_fq_lora(
             dense, sources.tuned.quantizer(layer.module), sources.ranks.get(layer.module), layer.module
         )
+        if tuned.revived and recipe.mask_policy == "reapply":
+            assert dense.mask is not None
+            return Merged(prune_again(tuned.weight, dense.mask), re_pruned=tuned.revived)
         return Merged(tuned.weight, revived=tuned.revived)
     base: QuantizedWeight | DenseWeight
     sparse = None

@@ -13,6 +13,7 @@ import pytest
 from e2e.formats import Line, settle
 from e2e.in_process import in_process
 from nncf_models import assert_same, nncf_with_strip, set_ranks, stripped_layers, tuned
+from sparseport.checkpoints.folder import ModelFolder
 from sparseport.errors import BadInput
 from sparseport.inspection import inspect
 from sparseport.pipeline import ExportResult, export
@@ -81,8 +82,6 @@ def test_revived_weights_are_named(nncf: Any, tiny_sparse: Path, tmp_path: Path)
     inputs = {"base": tiny_sparse, "adapter": tmp_path, "nncf_base_dtype": "float32"}
     result, written = _through(tmp_path, **inputs)
     revived = 0
-    from sparseport.checkpoints.folder import ModelFolder
-
     with ModelFolder.open(tiny_sparse) as base:
         for module, weight in written.items():
             zeros = np.repeat(weight.zero_points, weight.group_size, axis=1)
@@ -90,6 +89,19 @@ def test_revived_weights_are_named(nncf: Any, tiny_sparse: Path, tmp_path: Path)
                 revived += int((weight.codes != zeros)[base.read(f"{module}.weight") == 0].sum())
     assert revived > 1000 and result.certificate.totals["revived"] == revived
     assert any(note.startswith(f"{revived:,} of 36,864 pruned weights") for note in result.notes)
+
+
+def test_revived_weights_can_be_pruned_again(nncf: Any, tiny_sparse: Path, tmp_path: Path) -> None:
+    tuned(nncf, tiny_sparse, tmp_path, mode="INT4_SYM", compression="FQ_LORA", dtype="float32")
+    inputs = {"base": tiny_sparse, "adapter": tmp_path, "nncf_base_dtype": "float32", "mask_policy": "reapply"}
+    result, written = _through(tmp_path, **inputs)
+    assert result.certificate.totals["revived"] == 0
+    assert sum(facts.get("re_pruned", 0) for facts in result.certificate.linears.values()) > 1000
+    with ModelFolder.open(tiny_sparse) as base:
+        for module, weight in written.items():
+            zeros = np.repeat(weight.zero_points, weight.group_size, axis=1)
+            pruned = base.read(f"{module}.weight") == 0
+            assert (weight.codes == zeros)[pruned].all()
 
 
 def test_ranks_must_come_from_somewhere(nncf: Any, tiny_base: Path, tmp_path: Path) -> None:
