@@ -199,7 +199,14 @@ def test_interrupted_export_leaves_nothing(
     command = [sys.executable, "-m", "sparseport.cli", "export", "--quiet", "--output", str(tmp_path / "out")]
     for key in ("base", "sparse_base", "adapter"):
         command += [f"--{key.replace('_', '-')}", str(tiny_qa_inputs[key])]
-    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    # A test run in the background of a shell ignores Ctrl-C, and its children would inherit that.
+    process = subprocess.Popen(
+        command,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("*/scratch-*/weights.pack")):
         assert process.poll() is None and time.monotonic() < deadline

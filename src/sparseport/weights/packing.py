@@ -1,6 +1,8 @@
 """Nibble dialects: how each writer lays 4-bit numbers into bytes and words. Nothing else touches nibbles.
 
 OpenVINO u4 / i4   element 2k in the low nibble of byte k, element 2k+1 in the high nibble, C order
+ONNX Runtime       MatMulNBits B uint8 [out, groups, group/2] and zero-points uint8 [out, ceil(groups/2)], low nibble
+                   first along the last axis, each row of zero-points filled up to a whole byte with zero
 GPTQ qweight       int32 [in/8, out], input column 8i+k at bits 4k of word i (low nibble first along `in`)
 GPTQ qzeros        int32 [groups, out/8], output row 8j+k at bits 4k of word j; v1 stores z - 1 (see
                    `ZeroPointStorage` for two ways to do so), v2 stores z
@@ -67,6 +69,19 @@ def unpack_nibbles_low_first(packed: U8, shape: tuple[int, ...]) -> U8:
     np.bitwise_and(packed.reshape(-1), 15, out=flat[0::2])
     np.right_shift(packed.reshape(-1), 4, out=flat[1::2])
     return flat.reshape(shape)
+
+
+def pack_matmulnbits_zero_points(zero_points: U8) -> U8:
+    """Zero-points uint8 [out, groups] -> ONNX Runtime's uint8 [out, ceil(groups/2)], low nibble first in each row."""
+    out, groups = zero_points.shape
+    even = np.zeros((out, groups + groups % 2), np.uint8)
+    even[:, :groups] = zero_points
+    return pack_nibbles_low_first(even).reshape(out, -1)
+
+
+def unpack_matmulnbits_zero_points(packed: U8, groups: int) -> U8:
+    """Inverse of `pack_matmulnbits_zero_points`: uint8 [out, ceil(groups/2)] -> uint8 [out, groups]."""
+    return np.ascontiguousarray(unpack_nibbles_low_first(packed, (packed.shape[0], packed.shape[1] * 2))[:, :groups])
 
 
 def pack_words_low_first(values: U8) -> I32:
