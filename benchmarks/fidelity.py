@@ -113,7 +113,8 @@ def peft_merge(recipe: Any, out: Path, tokenizer: Any) -> float:
 
 def weight_changes(recipe: Any, folder: Path) -> dict[str, float]:
     """Shares of codes, zero-points, scales and pruned weights that differ from the merge, over all linear layers."""
-    from sparseport.plan import make_plan, merge_planned
+    from sparseport.merging import merge_planned
+    from sparseport.plan import make_plan
     from sparseport.sources import open_sources
     from sparseport.targets.openvino import readback
     from sparseport.weights.linear import QuantizedWeight

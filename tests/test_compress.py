@@ -35,3 +35,15 @@ def test_one_code_two_steps_off_is_refused(pair, row: int) -> None:  # type: ign
     codes[row, 5] = codes[row, 5] + 2 if codes[row, 5] < 8 else codes[row, 5] - 2
     with pytest.raises(FidelityError, match="not the source"):
         _facts("u4", replace(weight, codes=codes), values, _STEPS_OF_ROUNDING, "layer")
+
+
+def test_the_sign_of_a_scale_has_no_say(pair) -> None:  # type: ignore[no-untyped-def]
+    """NNCF's symmetric modes have negative scales: a wrong code is a distance, whatever the sign."""
+    values, weight = pair
+    turned = replace(weight, scales=-weight.scales)
+    largest, mean = error_in_steps(turned, values)
+    assert largest > 5 and mean > 1
+    with pytest.raises(FidelityError, match="not the source"):
+        _facts("i4", turned, values, _STEPS_OF_ROUNDING, "layer")
+    mirrored = replace(weight, codes=15 - weight.codes, zero_points=15 - weight.zero_points, scales=-weight.scales)
+    assert error_in_steps(mirrored, values) == error_in_steps(weight, values)

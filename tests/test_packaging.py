@@ -36,6 +36,7 @@ FLOORS = (
     {"merge", "verify"},
     {"sources"},
     {"plan"},
+    {"merging"},
     {"compress"},
     {"inspection", "pipeline", "nls", "report"},
     {"bench", "integrations", "demo", "show"},

@@ -15,7 +15,8 @@ import numpy as np
 from sparseport.child import Child
 from sparseport.errors import FidelityError
 from sparseport.merge.layer import prune_again
-from sparseport.plan import Plan, merge_planned
+from sparseport.merging import merge_planned
+from sparseport.plan import Plan
 from sparseport.recipe import Recipe
 from sparseport.sources import Sources
 from sparseport.targets.openvino import readback
@@ -151,7 +152,7 @@ def _facts(
 
 
 def error_in_steps(weight: QuantizedWeight, source: Array) -> tuple[float, float]:
-    """Largest and mean |dequantised - source|, in steps (scales) of the grid; rows are taken in blocks."""
+    """Largest and mean |dequantised - source|, in steps (sizes of scales) of the grid; rows are taken in blocks."""
     largest = total = 0.0
     for start in range(0, weight.shape[0], _ROWS):
         rows = slice(start, start + _ROWS)
@@ -159,7 +160,8 @@ def error_in_steps(weight: QuantizedWeight, source: Array) -> tuple[float, float
             weight, codes=weight.codes[rows], scales=weight.scales[rows], zero_points=weight.zero_points[rows]
         )
         distance = np.abs(dequantize(part) - source[rows].astype(np.float32))
-        steps = distance / np.repeat(part.scales.astype(np.float32), part.group_size, axis=1)
+        # NNCF's symmetric modes have negative scales.
+        steps = distance / np.repeat(np.abs(part.scales.astype(np.float32)), part.group_size, axis=1)
         largest = max(largest, float(steps.max()))
         total += float(steps.sum())
     return largest, total / weight.codes.size

@@ -16,7 +16,8 @@ from sparseport.child import Child
 from sparseport.compress import compress_folder
 from sparseport.errors import FidelityError
 from sparseport.merge.layer import Merged
-from sparseport.plan import LayerPlan, Plan, make_plan, merge_planned, require_exportable
+from sparseport.merging import merge_planned
+from sparseport.plan import LayerPlan, Plan, make_plan, require_exportable
 from sparseport.progress import Progress
 from sparseport.publish import check_space, staged_output
 from sparseport.recipe import Recipe
@@ -251,6 +252,9 @@ def _check_read_back(
                 code="E_READBACK",
             )
         facts["readback"]["openvino"] = found.linears[module]
+        # What the plan expected is not always what is best to store: all zero-points of 8 make u4 an i4.
+        stored_group = facts.get("stored_group_size")
+        facts["stored"] = found.kinds[module] + (f" g{stored_group}" if stored_group else "")
     for name, facts in tensors.items():
         same = (
             found.tensors.get(name) == facts["compressed_sha256"]

@@ -1,24 +1,25 @@
-"""What an export will do to each layer, decided from headers before any weight is touched."""
+"""What an export will do to each layer, decided before any weight is merged.
+
+Headers decide nearly everything. Two questions need the weights of adapted layers, which are read one at a time and let
+go: whether a floating-point layer was pruned, and how an NNCF quantiser groups.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from sparseport.checkpoints.dialect import LayerFormat
-from sparseport.checkpoints.safetensors_header import numpy_dtype
 from sparseport.errors import BadInput, EnvironmentProblem, FidelityError, SparseportError, Unsupported
-from sparseport.merge.fq_lora import merge_fq_lora
-from sparseport.merge.layer import Merged, merge_layer, prune_again
 from sparseport.recipe import Recipe
-from sparseport.sources import SPARSE_FROM, Sources
+from sparseport.sources import Sources
 from sparseport.weights.grouping import openvino_group_size, openvino_layout
-from sparseport.weights.linear import DenseWeight, QuantizedWeight
 
 # What the frontend process (torch, transformers, optimum-intel and the traced graph) takes beside one matrix, measured.
 _FRONTEND_MIB = 450
@@ -28,7 +29,6 @@ _NUMERICS_BYTES_PER_WEIGHT = 8.5
 # NNCF holds the model it compresses and its result; plus its libraries.
 _NNCF_MIB = 600
 _NNCF_BYTES_PER_WEIGHT = 6
-_STORED_NAMES = {"bfloat16": "BF16", "float32": "F32"}
 # Buffers that old checkpoints stored although every implementation computes them.
 _COMPUTED = (".rotary_emb.inv_freq",)
 
@@ -188,37 +188,6 @@ def available_memory_mib() -> int | None:
     return None
 
 
-def merge_planned(recipe: Recipe, sources: Sources, layer: LayerPlan) -> Merged:
-    """Merge one planned layer from open sources."""
-    if layer.rule == "fq_lora":
-        assert sources.tuned is not None
-        dense = sources.dense(layer.module)
-        if recipe.nncf_base_dtype != "stored":
-            dense = replace(
-                dense, values=dense.values.astype(numpy_dtype(_STORED_NAMES[recipe.nncf_base_dtype], layer.module))
-            )
-        tuned = merge_fq_lora(
-            dense, sources.tuned.quantizer(layer.module), sources.ranks.get(layer.module), layer.module
-        )
-        if tuned.revived and recipe.mask_policy == "reapply":
-            assert dense.mask is not None
-            return Merged(prune_again(tuned.weight, dense.mask), re_pruned=tuned.revived)
-        return Merged(tuned.weight, revived=tuned.revived)
-    base: QuantizedWeight | DenseWeight
-    sparse = None
-    if layer.group_size is not None:
-        base = sources.quantized(layer.module)
-        sparse = sources.sparse_dense(layer.module) if sources.mask_available(layer.module) else None
-    else:
-        base = sources.dense(layer.module, layer.rule)
-        if sources.mask_available(layer.module):
-            sparse = sources.sparse_dense(layer.module)
-    branch = None if layer.rule == "carry" else sources.branch(layer.module)
-    return merge_layer(
-        layer.rule, base, branch, sparse, layer.module, rounding=recipe.rounding, mask_policy=recipe.mask_policy
-    )
-
-
 def _plan_layer(module: str, adapted: bool, recipe: Recipe, sources: Sources) -> LayerPlan:
     form = sources.format_of(module)
     shape = form.shape
@@ -343,7 +312,9 @@ def _rule(module: str, quantized: bool, sources: Sources) -> str:
             fix="train it with quantization_aware (QA-SparsePEFT), or merge into the floating-point base",
         )
     if adapter.sparse_adapter:
-        if sources.dense(module).mask is None:
+        pruned = sources.dense(module).mask is not None
+        sources.release()
+        if not pruned:
             raise BadInput(
                 "the adapter was trained on a sparse base, but this base layer has next to no zeros",
                 where=module,
@@ -351,10 +322,13 @@ def _rule(module: str, quantized: bool, sources: Sources) -> str:
                 code="E_PAIRING",
             )
         return "sparse_peft"
-    if sources.dense(module).mask is not None:
+    mask = sources.dense(module).mask
+    sources.release()
+    if mask is not None and not mask.all():
         raise FidelityError(
-            f"a dense LoRA merge would fill a base layer that is more than {SPARSE_FROM:.0%} zeros",
+            "a dense LoRA merge would fill the pruned weights of a sparse base",
             where=module,
+            found=f"{int(mask.size - np.count_nonzero(mask))} of {mask.size} weights are zero",
             code="E_RULE",
             fix="train with sparse_adapter (SparsePEFT) and merge with rule sparse_peft",
         )
@@ -382,13 +356,14 @@ def _notes(recipe: Recipe, sources: Sources, layers: list[LayerPlan]) -> list[st
     notes = list(sources.base.warnings)
     if sources.sparse is not None:
         notes.extend(sources.sparse.warnings)
+    notes += _choices(recipe, sources)
     if sources.tuned is not None:
         notes.extend(sources.tuned.warnings)
     if sources.adapter is not None:
         notes.extend(sources.adapter.warnings)
         if sources.adapter.no_op():
             notes.append("the adapter changes nothing: every lora_B is zero")
-    if computed := [name for name in sources.base.names() if name.endswith(_COMPUTED)]:
+    if computed := _computed_frequencies(sources):
         notes.append(f"{len(computed)} rotary frequency tensors are left out: the graph computes them from the config")
     notes += _regrouping(layers)
     if any(layer.group_size and layer.rule == "carry" for layer in layers) and sources.sparse is None:
@@ -399,6 +374,56 @@ def _notes(recipe: Recipe, sources: Sources, layers: list[LayerPlan]) -> list[st
     if recipe.compress.mode != "none" and all(layer.stored_group for layer in layers):
         notes.append("--compress has nothing to do: every layer is INT4 already and stays as it is")
     return notes
+
+
+def _choices(recipe: Recipe, sources: Sources) -> list[str]:
+    """Choices that change weights and that the user may not know were made."""
+    notes = []
+    if sources.tuned is not None:
+        notes.append(
+            f"NNCF codes depend on the base's dtype; it is taken as {recipe.nncf_base_dtype} "
+            "(--nncf-base-dtype float32 is what NNCF's own example exports from)"
+        )
+        if sources.tuned.elastic_ranks() and not sources.ranks:
+            notes.append("the NNCF checkpoint is elastic, and the largest rank of every layer is taken")
+    elif sources.adapter is not None and recipe.sub_adapter == "maximal" and sources.elastic:
+        notes.append(
+            "the adapter is elastic, and its maximal sub-adapter is taken; --sub-adapter heuristic is the median"
+        )
+    return notes
+
+
+def _computed_frequencies(sources: Sources) -> list[str]:
+    """Names of stored rotary frequencies, which the graph computes from the config instead.
+
+    Raises:
+        Unsupported: the stored ones are not those of the config.
+    """
+    names = [name for name in sources.base.names() if name.endswith(_COMPUTED)]
+    expected = _default_frequencies(sources.base.config) if names else None
+    for name in names if expected is not None else ():
+        assert expected is not None
+        stored = sources.base.read(name).astype(np.float64).reshape(-1)
+        if stored.shape != expected.shape or not np.allclose(stored, expected, rtol=2e-2):
+            raise Unsupported(
+                "stored rotary frequencies are not those of the config",
+                where=f"{sources.base.path}, tensor {name}",
+                fix="correct rope_theta or rope_scaling in config.json, or remove the tensor if it is stale",
+                code="E_ROPE",
+            )
+    return names
+
+
+def _default_frequencies(config: dict[str, Any]) -> npt.NDArray[np.float64] | None:
+    """theta ** (-2i / d) for i = 0 .. d/2 - 1 (RoFormer, arXiv 2104.09864); None for other kinds of embedding."""
+    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = parameters.get("rope_type", parameters.get("type", "default")) if isinstance(parameters, dict) else None
+    theta = config.get("rope_theta", parameters.get("rope_theta") if isinstance(parameters, dict) else None)
+    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    size = config.get("head_dim") or (hidden // heads if isinstance(hidden, int) and isinstance(heads, int) else None)
+    if kind != "default" or not isinstance(theta, (int, float)) or not isinstance(size, int) or theta <= 0:
+        return None
+    return float(theta) ** (-np.arange(0, size, 2, dtype=np.float64) / size)
 
 
 def _regrouping(layers: list[LayerPlan]) -> list[str]:

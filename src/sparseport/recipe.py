@@ -83,6 +83,7 @@ class Recipe(_Strict):
     tokenizer: bool = Field(True, description="put tokenizer and detokenizer into the folder")
     numerics: bool = Field(True, description="run the result and compare its logits with the reference")
     overwrite: bool = Field(False, description="replace an existing output")
+    ignore_extra: bool = Field(False, description="leave out shard tensors that the index does not name")
     allow_pickle: bool = Field(False, description="accept .bin / .pt inputs (read without executing them)")
 
 

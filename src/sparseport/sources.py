@@ -118,6 +118,12 @@ class Sources:
         rank = self.ranks.get(module)
         return branch if rank is None or rank == branch.rank else branch.at_rank(rank)
 
+    @property
+    def elastic(self) -> bool:
+        """Whether a search space stands beside the adapter or was given, so that there was something to choose."""
+        given = self.extra_files.get("search_space")
+        return given is not None or (self.adapter is not None and self.adapter.search_space_file() is not None)
+
     def adapter_modules(self) -> set[str]:
         """Modules that the adapter or the NNCF checkpoint changes."""
         return {module for tool in (self.adapter, self.tuned) if tool is not None for module in tool.modules()}
@@ -170,12 +176,15 @@ def open_sources(recipe: Recipe) -> Sources:
         if recipe.base.suffix == ".gguf" and recipe.base.is_file():
             extra["base"] = recipe.base
             folder = _converted(recipe, stack)
-        base = stack.enter_context(ModelFolder.open(folder, allow_pickle=recipe.allow_pickle))
+        base = stack.enter_context(
+            ModelFolder.open(folder, allow_pickle=recipe.allow_pickle, ignore_extra=recipe.ignore_extra)
+        )
         base.check_layers()
         linears = open_linears(base, gptq_zeros=recipe.gptq_zeros)
         sparse, sparse_linears = None, None
         if recipe.sparse_base is not None:
-            sparse = stack.enter_context(ModelFolder.open(recipe.sparse_base, allow_pickle=recipe.allow_pickle))
+            options = {"allow_pickle": recipe.allow_pickle, "ignore_extra": recipe.ignore_extra}
+            sparse = stack.enter_context(ModelFolder.open(recipe.sparse_base, **options))
             sparse.check_layers()
             sparse_linears = open_linears(sparse)
             _check_same_shape(base, sparse)
@@ -190,7 +199,7 @@ def open_sources(recipe: Recipe) -> Sources:
             adapter = stack.enter_context(AdapterFolder.open(recipe.adapter, allow_pickle=recipe.allow_pickle))
             adapter.check_base(base)
             _check_adapter_shapes(adapter, linears)
-            ranks = _sub_adapter_ranks(adapter, recipe, base, extra)
+            ranks = _sub_adapter_ranks(adapter, recipe, linears, extra)
         elif recipe.search_space is not None or recipe.sub_adapter != "maximal":
             raise BadInput(
                 "a sub-adapter was chosen, but there is no adapter",
@@ -274,6 +283,13 @@ def _nls_ranks(tuned: NncfCheckpoint, recipe: Recipe, extra: dict[str, Path]) ->
     Raises:
         BadInput: the ranks are in no file that was given or found.
     """
+    if recipe.search_space is not None:
+        raise BadInput(
+            "an NNCF checkpoint has no search space file",
+            where=recipe.search_space,
+            fix="give ranks with --sub-adapter FILE, or leave --search-space away",
+            code="E_ELASTIC",
+        )
     if recipe.sub_adapter == "maximal":
         if tuned.result_json is not None and tuned.elastic_ranks():
             tuned.warnings.append(
@@ -298,7 +314,7 @@ def _nls_ranks(tuned: NncfCheckpoint, recipe: Recipe, extra: dict[str, Path]) ->
 
 
 def _sub_adapter_ranks(
-    adapter: AdapterFolder, recipe: Recipe, base: ModelFolder, extra: dict[str, Path]
+    adapter: AdapterFolder, recipe: Recipe, linears: StoredLinears, extra: dict[str, Path]
 ) -> dict[str, int]:
     """Module -> rank of the chosen sub-adapter; files outside the adapter's folder are added to `extra`.
 
@@ -323,12 +339,12 @@ def _sub_adapter_ranks(
                 code="E_ELASTIC",
             )
         return {}
-    layers = base.config.get("num_hidden_layers")
+    config = linears.folder.config
+    layers = next((config[key] for key in ("num_hidden_layers", "n_layer", "num_layers") if key in config), None)
     space = open_search_space(space_file, layers=layers if type(layers) is int else None)
     selection = choose(space, choice, trained=adapter.ranks())
-    linears = set(base.linear_names())
     for module, width in selection.widths.items():
-        rows = base.info(f"{module}.weight").shape[0] if module in linears and base.has(f"{module}.weight") else None
+        rows = linears.format_of(module).shape[0] if linears.has(module) else None
         if rows != width:
             raise Unsupported(
                 "the sub-adapter keeps a part of a layer's rows, which cannot be exported yet",

@@ -19,8 +19,9 @@ from sparseport.checkpoints.folder import ModelFolder
 from sparseport.checkpoints.paths import file_sha256
 from sparseport.checkpoints.safetensors import SafeTensorsFile, spec_of, write_safetensors
 from sparseport.errors import BadInput, FidelityError, SparseportError, Unsupported
+from sparseport.merging import merge_planned
 from sparseport.pipeline import export, plan
-from sparseport.plan import make_plan, merge_planned
+from sparseport.plan import make_plan
 from sparseport.recipe import make_recipe
 from sparseport.sources import open_sources
 from sparseport.targets.openvino import readback

@@ -208,7 +208,7 @@ REFUSED = {
     "float64 base": (np.zeros((4, 8)), layer(), None, Unsupported, "E_DTYPE", "float64"),
     "sum overflows": (FULL, layer(a=np.full((3, 8), 1e3, BF16)), None, BadInput, "E_OVERFLOW", "float16"),
     "step overflows": (BASE, layer(input_range=np.full((4, 2), 1e6, np.float32)), None, BadInput, "E_SCALE", "finite"),
-    "range too small for float16": (FULL[:1], asym([[0]], [[0]], bits=8), None, BadInput, "E_OVERFLOW", "to float32"),
+    "range too small for float16": (FULL[:1], asym([[0]], [[0]], bits=8), None, BadInput, "E_OVERFLOW", "as float32"),
 }  # fmt: skip
 
 

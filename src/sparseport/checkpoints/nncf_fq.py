@@ -49,15 +49,15 @@ class NncfCheckpoint:
 
     path         as given
     source       the pickle file
-    result_json  result.json in the given folder, or None
+    result_json  result.json in the given folder, beside the pickle or one folder above, or None
     warnings     what is odd but harmless
     """
 
     def __init__(self, path: Path, source: Path, plain: dict[str, Any], file: SafeTensorsFile) -> None:
         self.path, self.source = path, source
         self.warnings: list[str] = []
-        result = path / RESULT
-        self.result_json = bare_file(path, RESULT, RESULT) if path.is_dir() and result.exists() else None
+        folders = [folder for folder in (path, source.parent, source.parent.parent) if (folder / RESULT).is_file()]
+        self.result_json = bare_file(folders[0], RESULT, RESULT) if folders else None
         self._file = file
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._hooks = read_hooks(plain, file, source)

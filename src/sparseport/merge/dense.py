@@ -9,6 +9,7 @@ import numpy as np
 from sparseport.errors import BadInput, FidelityError
 from sparseport.merge.delta import scaled_delta
 from sparseport.weights.linear import F32, Array, DenseWeight, LowRankBranch
+from sparseport.weights.mask import mask_of
 
 
 def merge_lora(base: DenseWeight, branch: LowRankBranch, where: str) -> DenseWeight:
@@ -32,7 +33,8 @@ def merge_lora(base: DenseWeight, branch: LowRankBranch, where: str) -> DenseWei
 def merge_sparse_peft(base: DenseWeight, branch: LowRankBranch, where: str) -> DenseWeight:
     """W + scaling * (B A) * M, in float32, rounded once to the base's dtype (SQFT, SparsePEFT, eq. 1-2).
 
-    M is the base's own mask. Pruned weights stay exactly +0.
+    M is where the base is not zero, as in training (W != 0). A mask that was stored with the weights may also keep a
+    weight that is exactly zero; that one gets no update either. Pruned weights stay exactly +0.
 
     Raises:
         BadInput: the base has no mask, shapes disagree, NaN / Inf, or the sum overflows the base's dtype.
@@ -40,7 +42,8 @@ def merge_sparse_peft(base: DenseWeight, branch: LowRankBranch, where: str) -> D
     if base.mask is None:
         raise BadInput("SparsePEFT needs the mask of a sparse base", where=where, fix="give --sparse-base DIR")
     # Selecting instead of multiplying by the mask keeps pruned weights +0 even where the delta is negative.
-    delta = np.where(base.mask, scaled_delta_for(base.shape, branch, where), np.float32(0))
+    trained = base.mask & mask_of(base.values)
+    delta = np.where(trained, scaled_delta_for(base.shape, branch, where), np.float32(0))
     merged = _add(base.values, delta, where)
     return replace(base, values=np.where(base.mask, merged, np.zeros((), merged.dtype)))
 

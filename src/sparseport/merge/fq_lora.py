@@ -120,7 +120,7 @@ def merge_fq_lora(base: DenseWeight, quantizer: FakeQuantizer, rank: int | None,
             raise BadInput(
                 f"the range of a fake quantiser cannot be computed in {merged.dtype}",
                 where=where,
-                fix="convert the base to float32",
+                fix="take the base as float32 (--nncf-base-dtype float32)",
                 code="E_OVERFLOW",
             )
         levels = np.rint(wide / grid.step[block, :, None] + grid.zero[block, :, None])
@@ -252,7 +252,10 @@ def _sum(values: Array, delta: F32 | None, where: str) -> Array:
         merged: Array = (wide + delta).astype(values.dtype)
     if not np.isfinite(merged.astype(np.float32)).all():
         raise BadInput(
-            f"merged weight overflows {values.dtype}", where=where, fix="convert the base to float32", code="E_OVERFLOW"
+            f"merged weight overflows {values.dtype}",
+            where=where,
+            fix="take the base as float32 (--nncf-base-dtype float32)",
+            code="E_OVERFLOW",
         )
     return merged
 

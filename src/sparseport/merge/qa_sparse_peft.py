@@ -10,7 +10,7 @@ from sparseport.errors import BadInput, FidelityError
 from sparseport.merge.delta import row_blocks
 from sparseport.merge.dense import scaled_delta_for
 from sparseport.weights.linear import DenseWeight, LowRankBranch, QuantizedWeight
-from sparseport.weights.mask import revived
+from sparseport.weights.mask import mask_of, revived
 from sparseport.weights.rounding import RoundingRule, dequantize, quantize_to_grid
 
 # GPTQ moves a weight by a fraction of a scale, seldom more; the limits below are far outside what it does and well
@@ -29,6 +29,8 @@ def merge_qa_sparse_peft(
     rule: RoundingRule = RoundingRule.SQFT,
 ) -> QuantizedWeight:
     """Quantise W + scaling * (B A) * M on the frozen grid of the quantised base (SQFT, QA-SparsePEFT, eq. 3).
+
+    M is where the sparse base is not zero, as in training; SQFT applies it whatever `sparse_adapter` says.
 
     Args:
         sparse: the sparse floating-point base with its mask; the sum is taken in float32.
@@ -61,7 +63,7 @@ def merge_qa_sparse_peft(
         base = sparse.values[rows].astype(np.float32)
         if not np.isfinite(base).all():
             raise BadInput("sparse base holds NaN or Inf", where=where, code="E_NAN")
-        merged = np.where(sparse.mask[rows], base + delta[rows], np.float32(0))
+        merged = np.where(sparse.mask[rows] & mask_of(sparse.values[rows]), base + delta[rows], np.float32(0))
         stored = merged if quantized.input_order is None else merged[:, quantized.input_order]
         codes[rows] = quantize_to_grid(
             stored, quantized.scales[rows], quantized.zero_points[rows], quantized.group_size, rule, quantized.bits

@@ -12,9 +12,10 @@ from torch import nn
 
 from sparseport.checkpoints.folder import ModelFolder
 from sparseport.checkpoints.gptq import read_gptq_linear, read_quantization_config
+from sparseport.merging import merge_planned
 from sparseport.nls.elastic import elastic_layers
 from sparseport.nls.finetune import load_for_training
-from sparseport.plan import make_plan, merge_planned
+from sparseport.plan import make_plan
 from sparseport.recipe import FinetuneRecipe, Recipe
 from sparseport.sources import open_sources
 from sparseport.weights.linear import Array, QuantizedWeight

@@ -21,12 +21,14 @@ class GraphDigests:
     """What was found in a graph.
 
     linears   module -> digest of the weight, groups joined as they were in the source
+    kinds     module -> element type that holds it (`i4`, `u4`, `f16`)
     tensors   tensor name -> digest of the stored values
     values    tensor name -> digest of the numbers whatever float dtype holds them; None if they are quantised
     unproven  names of matrices that the graph uses and nobody certified
     """
 
     linears: dict[str, str] = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=dict)
     tensors: dict[str, str] = field(default_factory=dict)
     values: dict[str, str | None] = field(default_factory=dict)
     unproven: list[str] = field(default_factory=list)
@@ -57,6 +59,7 @@ def digest_graph(
             if isinstance(weight, QuantizedWeight) and group_size:
                 weight = collapse(weight, int(group_size), module)
             found.linears[module] = digest(weight)
+            found.kinds[module] = item.element_type
             on_step()
         elif item.name in tensors:
             if isinstance(weight, DenseWeight):

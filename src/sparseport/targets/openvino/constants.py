@@ -42,7 +42,11 @@ def swap_constants(
     for name, weight in stored.items():
         node = nodes.get(placeholders.get(name, ""))
         if node is None:
-            raise FidelityError("the graph has no place for this tensor", where=name)
+            raise FidelityError(
+                "the graph has no place for this tensor",
+                where=name,
+                fix="check that config.json belongs to the weights; a tensor that no layer uses can be removed",
+            )
         shape = (
             (weight.out_features, weight.in_features) if isinstance(weight, StoredQuantized) else weight.values.shape
         )

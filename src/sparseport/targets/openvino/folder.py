@@ -13,7 +13,7 @@ from sparseport.checkpoints.paths import bare_file
 from sparseport.targets.openvino.tokenizer import TOKENIZER_FILES
 
 # Keys of config.json that describe how the source was stored, or that could make a loader run code.
-_DROPPED = ("quantization_config", "auto_map", "_name_or_path", "_attn_implementation_internal")
+_DROPPED = ("quantization_config", "compression_config", "auto_map", "_name_or_path", "_attn_implementation_internal")
 
 # Tokenizer files in which a library writes where it found things on the machine that saved them.
 _WITH_PATHS = ("tokenizer_config.json", "special_tokens_map.json")

@@ -1,0 +1,56 @@
+"""Merge one planned layer from open sources: which inputs its rule takes, and what happens to a broken mask."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from sparseport.checkpoints.safetensors_header import numpy_dtype
+from sparseport.errors import FidelityError
+from sparseport.merge.fq_lora import merge_fq_lora
+from sparseport.merge.layer import Merged, merge_layer, prune_again
+from sparseport.plan import LayerPlan
+from sparseport.recipe import Recipe
+from sparseport.sources import Sources
+from sparseport.weights.linear import DenseWeight, QuantizedWeight
+
+_STORED_NAMES = {"bfloat16": "BF16", "float32": "F32"}
+
+
+def merge_planned(recipe: Recipe, sources: Sources, layer: LayerPlan) -> Merged:
+    """Merge one planned layer from open sources."""
+    if layer.rule == "fq_lora":
+        assert sources.tuned is not None
+        dense = sources.dense(layer.module)
+        if recipe.nncf_base_dtype != "stored":
+            dense = replace(
+                dense, values=dense.values.astype(numpy_dtype(_STORED_NAMES[recipe.nncf_base_dtype], layer.module))
+            )
+        tuned = merge_fq_lora(
+            dense, sources.tuned.quantizer(layer.module), sources.ranks.get(layer.module), layer.module
+        )
+        if tuned.revived and recipe.mask_policy == "reapply":
+            assert dense.mask is not None
+            return Merged(prune_again(tuned.weight, dense.mask), re_pruned=tuned.revived)
+        if tuned.revived and recipe.mask_policy == "strict" and sources.mask_available(layer.module):
+            # A sparse base that was given on purpose is a mask to be held; a base's own zeros are only counted.
+            raise FidelityError(
+                "NNCF's adapter revives weights that the sparse base prunes",
+                where=layer.module,
+                found=f"{tuned.revived} weights",
+                fix="`--mask-policy keep-codes` exports what was trained and counts them, `reapply` prunes them again",
+                code="E_MASK",
+            )
+        return Merged(tuned.weight, revived=tuned.revived)
+    base: QuantizedWeight | DenseWeight
+    sparse = None
+    if layer.group_size is not None:
+        base = sources.quantized(layer.module)
+        sparse = sources.sparse_dense(layer.module) if sources.mask_available(layer.module) else None
+    else:
+        base = sources.dense(layer.module, layer.rule)
+        if sources.mask_available(layer.module):
+            sparse = sources.sparse_dense(layer.module)
+    branch = None if layer.rule == "carry" else sources.branch(layer.module)
+    return merge_layer(
+        layer.rule, base, branch, sparse, layer.module, rounding=recipe.rounding, mask_policy=recipe.mask_policy
+    )
