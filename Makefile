@@ -36,7 +36,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -c 'import pip, sys; sys.exit(tuple(map(int, pip.__version__.split(".")[:2])) < (21, 3))' || \
 		$(BIN)/python -m pip install --upgrade pip
 	$(BIN)/python -m pip install -c constraints.txt $(TORCH_INSTALL)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[openvino,train,dev]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[openvino,onnx,train,dev]'
 	touch $(READY)
 
 demo: $(READY) ## prune, quantise and fine-tune a small real model, export it, verify it, ask it

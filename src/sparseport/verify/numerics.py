@@ -7,11 +7,16 @@ Run as a child process, because it loads torch, transformers and the whole dequa
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from sparseport.errors import FidelityError
+from sparseport.weights.linear import DenseWeight, QuantizedWeight
+from sparseport.weights.rounding import dequantize
 
 TOLERANCE = 1e-3
 """Largest allowed |difference of logits| at full precision."""
@@ -49,10 +54,12 @@ def compare_logits(folder: str) -> dict[str, Any]:
     """
     import openvino as ov
 
+    from sparseport.targets.openvino import readback
+
     path = Path(folder)
     model = ov.Core().read_model(path / "openvino_model.xml")
     tokens, from_text = _tokens(path)
-    network = reference_model(path, model)
+    network = reference_model(path, ((item.name, item.weight) for item in readback.weights(model)))
     reference = logits_of(network, tokens)
     compared: dict[str, dict[str, Any]] = {}
     for label, settings in (("full_precision", FULL_PRECISION), ("default", {})):
@@ -109,8 +116,10 @@ def logits_of(network: Any, tokens: list[int]) -> F32:
         return np.asarray(network(torch.tensor([tokens])).logits[0].float().numpy())
 
 
-def reference_model(folder: Path, model: Any) -> Any:
-    """The Hugging Face model of `config.json` in float32, filled with the weights read back from the graph.
+def reference_model(folder: Path, weights: Iterable[tuple[str, QuantizedWeight | DenseWeight]]) -> Any:
+    """The Hugging Face model of `config.json` in float32, filled with the weights read back from a graph.
+
+    weights  (tensor name or module name, weight); names that the model does not have are left out
 
     Raises:
         FidelityError: the graph does not hold all of the model's parameters.
@@ -118,21 +127,16 @@ def reference_model(folder: Path, model: Any) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from sparseport.errors import FidelityError
-    from sparseport.targets.openvino import readback
-    from sparseport.weights.linear import DenseWeight
-    from sparseport.weights.rounding import dequantize
-
     config = AutoConfig.from_pretrained(folder)
     # Built on the meta device and filled layer by layer: nothing is initialised only to be overwritten.
     with torch.device("meta"):
         network = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
     state = dict(network.named_parameters())
-    for item in readback.weights(model):
-        name = item.name if item.name in state else f"{item.name}.weight"
+    for given, weight in weights:
+        name = given if given in state else f"{given}.weight"
         if name not in state:
             continue
-        values = item.weight.values if isinstance(item.weight, DenseWeight) else dequantize(item.weight)
+        values = weight.values if isinstance(weight, DenseWeight) else dequantize(weight)
         filled = torch.from_numpy(np.array(values, np.float32).reshape(tuple(state[name].shape)))
         owner, _, leaf = name.rpartition(".")
         setattr(network.get_submodule(owner), leaf, torch.nn.Parameter(filled, requires_grad=False))

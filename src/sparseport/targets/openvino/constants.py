@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparseport.errors import BadInput, FidelityError
-from sparseport.targets.openvino.store import Block, StoredDense, StoredQuantized, WeightStore
+from sparseport.targets.blocks import Block
+from sparseport.targets.openvino.store import StoredDense, StoredQuantized, WeightStore
 
 
 def swap_constants(

@@ -1,0 +1,1 @@
+"""ONNX Runtime: graph, weights out, and read back."""
