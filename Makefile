@@ -56,6 +56,8 @@ format: $(READY) ## rewrite the sources the way `make lint` wants them
 
 formats: $(READY) ## write the tables of docs/formats.md anew, from the tests that prove them
 	SPARSEPORT_WRITE_FORMATS=1 $(BIN)/python -m pytest -q tests/e2e -k formats
+	@# Lines that no test names are gone now; is one missing that a test names?
+	$(BIN)/python -m pytest -q tests/e2e/test_formats.py -k "line or gaps"
 
 second-opinion: $(READY) ## the third-party tools' files and their own dequantisation; gigabytes of environments
 	$(BIN)/python benchmarks/second_opinion.py

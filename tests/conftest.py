@@ -138,7 +138,8 @@ def demo_base(request: pytest.FixtureRequest) -> Path:
 
     folder = _cache() / "base"
     key = folder.with_suffix(".key")
-    code = Path(gguf.__file__).read_bytes() + _source().model_dump_json().encode()
+    sources = sorted(Path(gguf.__file__).parent.glob("gguf*.py"))
+    code = b"".join(path.read_bytes() for path in sources) + _source().model_dump_json().encode()
     wanted = hashlib.sha256(code).hexdigest()
     if folder.is_dir() and key.is_file() and key.read_text(encoding="utf-8") == wanted:
         return folder

@@ -289,6 +289,37 @@ def test_a_dry_run_lists_every_refusal(capsys, tmp_path, monkeypatch, tiny_base,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("words", "field", "value"),
+    [
+        (["--gguf-dtype", "float32"], "gguf_dtype", "float32"),
+        (["--nncf-base-dtype", "bfloat16"], "nncf_base_dtype", "bfloat16"),
+        (["--gptq-zeros", "v1-words"], "gptq_zeros", "v1-words"),
+        (["--ignore-extra"], "ignore_extra", True),
+        (["--allow-pickle"], "allow_pickle", True),
+    ],
+)
+def test_options_about_reading_reach_the_recipe(capsys, monkeypatch, words, field, value):
+    seen = []
+
+    def stop(recipe):
+        seen.append(recipe)
+        raise FidelityError("far enough")
+
+    monkeypatch.setattr("sparseport.pipeline.plan", stop)
+    for extra in ([], words):
+        status, _, _ = run(capsys, "export", "--dry-run", "--base", "b", "--output", "o", *extra)
+        assert status == 4
+    without, given = (recipe.model_dump(mode="json") for recipe in seen)
+    assert given[field] == value != without[field]
+    assert {**given, field: None} == {**without, field: None}
+
+
+@pytest.mark.parametrize("words", [["--gguf-dtype", "int8"], ["--nncf-base-dtype", "half"], ["--gptq-zeros", "v3"]])
+def test_values_that_do_not_exist_are_2(capsys, words):
+    assert run(capsys, "export", "--base", "b", "--output", "o", *words)[0] == 2
+
+
 def test_options_win_over_the_config(capsys, tmp_path, tiny_sparse, tiny_adapter_sparse):
     config = tmp_path / "job.yaml"
     config.write_text("export: {base: nowhere, sub_adapter: minimal, compress: {mode: int8_sym, ratio: 0.5}}\n")

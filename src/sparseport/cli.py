@@ -128,9 +128,13 @@ def _add_export(verbs: Any) -> None:
     verb.add_argument("--output", help="folder to write")
     verb.add_argument("--rounding", choices=["sqft", "paper"], help="QA-SparsePEFT rounding rule (default sqft)")
     verb.add_argument("--embedding", choices=["fp16", "fp32", "int8"], help="how embedding and head are stored")
+    verb.add_argument("--gguf-dtype", choices=["float16", "float32"], help="dtype of a GGUF base (default float16)")
     verb.add_argument(
-        "--gptq-zeros", choices=["v1", "v1-words", "v2"], help="override how the GPTQ file stores zero-points"
+        "--nncf-base-dtype",
+        choices=["stored", "bfloat16", "float32"],
+        help="dtype that the base was in when an NNCF checkpoint was tuned or stripped (default stored: as its files)",
     )
+    _add_reading(verb)
     verb.add_argument(
         "--mask-policy",
         choices=["strict", "keep-codes", "reapply"],
@@ -171,10 +175,31 @@ def _add_export(verbs: Any) -> None:
         default=None,
         help="skip the comparison of logits (the bits are proven all the same)",
     )
-    verb.add_argument("--allow-pickle", action="store_true", default=None, help="accept .bin inputs")
     verb.add_argument("--overwrite", action="store_true", default=None, help="replace an existing output")
     verb.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     verb.set_defaults(run=_run_export, interrupted="no half-written output was left")
+
+
+_READING = ("allow_pickle", "gptq_zeros", "ignore_extra")
+
+
+def _add_reading(verb: argparse.ArgumentParser) -> None:
+    """Options about how a checkpoint is to be read: the same for every verb that reads one."""
+    verb.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        default=None,
+        help="accept .bin, .pt and .pth inputs, as plain tensors in a process of their own",
+    )
+    verb.add_argument(
+        "--gptq-zeros", choices=["v1", "v1-words", "v2"], help="override how the GPTQ file stores zero-points"
+    )
+    verb.add_argument(
+        "--ignore-extra",
+        action="store_true",
+        default=None,
+        help="leave out tensors of a base's files that its index does not name",
+    )
 
 
 _EXPORT_FIELDS = (
@@ -187,11 +212,12 @@ _EXPORT_FIELDS = (
     "output",
     "rounding",
     "embedding",
-    "gptq_zeros",
+    "gguf_dtype",
+    "nncf_base_dtype",
+    *_READING,
     "mask_policy",
     "tokenizer",
     "numerics",
-    "allow_pickle",
     "overwrite",
 )
 
@@ -269,7 +295,7 @@ def _add_inspect(verbs: Any) -> None:
     )
     verb.add_argument("path", type=Path, help="a model, adapter or exported folder, or a .gguf file")
     verb.add_argument("--layers", action="store_true", help="list every layer (default: one row per kind of layer)")
-    verb.add_argument("--allow-pickle", action="store_true", help="read .bin and .pt files as plain tensors")
+    _add_reading(verb)
     verb.set_defaults(run=_run_inspect, interrupted="nothing was written")
 
 
@@ -278,7 +304,8 @@ def _run_inspect(options: argparse.Namespace) -> int:
     from sparseport.show import show_inspection
 
     with _progress(options).task("reading") as step:
-        found = inspect(options.path, allow_pickle=options.allow_pickle, on_layer=step)
+        given = {name: getattr(options, name) for name in _READING if getattr(options, name) is not None}
+        found = inspect(options.path, **given, on_layer=step)
     _print(found.as_dict(), options.json, lambda: show_inspection(found, options.layers))
     return 0
 

@@ -13,10 +13,10 @@ import numpy as np
 
 from sparseport.checkpoints.elastic import CHOICES, open_search_space
 from sparseport.checkpoints.folder import ModelFolder
-from sparseport.checkpoints.nncf_fq import NncfCheckpoint
+from sparseport.checkpoints.nncf_fq import NncfCheckpoint, read_nls_ranks
 from sparseport.checkpoints.peft import CONFIG as ADAPTER_CONFIG
 from sparseport.checkpoints.peft import AdapterFolder
-from sparseport.errors import BadInput
+from sparseport.errors import BadInput, SparseportError
 from sparseport.plan import Plan, make_plan
 from sparseport.recipe import make_recipe
 from sparseport.sources import SPARSE_FROM, Sources, is_nncf_checkpoint, open_sources
@@ -26,6 +26,30 @@ from sparseport.weights.linear import DenseWeight, QuantizedWeight
 from sparseport.weights.mask import find_n_m, mask_of
 
 Step = Callable[[], None]
+WITH_EMBEDDING = "with the embedding"
+_EXPORT = ("sparseport", "export", "--target", "openvino")
+
+
+class Placeholder(str):
+    """A word of a command that the user has to replace; every other word is quoted where a shell would act on it."""
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How the user wants a checkpoint to be read; fields of `Recipe`."""
+
+    allow_pickle: bool
+    gptq_zeros: str | None
+    ignore_extra: bool
+
+    @property
+    def words(self) -> list[str]:
+        """The options as words of a command."""
+        return [
+            *(["--allow-pickle"] if self.allow_pickle else []),
+            *(["--gptq-zeros", self.gptq_zeros] if self.gptq_zeros else []),
+            *(["--ignore-extra"] if self.ignore_extra else []),
+        ]
 
 
 @dataclass(frozen=True)
@@ -71,7 +95,7 @@ class Inspection:
     layers   linear layers of a base
     keeps    what an export carries exactly
     loses    what it does not, or cannot
-    next     commands to run, BASE and the like standing for what is not known
+    next     commands to run, quoted for a POSIX shell; a placeholder such as BASE stands for what is not known
     """
 
     kind: str
@@ -89,21 +113,38 @@ class Inspection:
         return {**vars(self), "layers": [vars(layer) for layer in self.layers]}
 
 
-def inspect(path: Path, *, allow_pickle: bool = False, on_layer: Step = lambda: None) -> Inspection:
+def inspect(
+    path: Path,
+    *,
+    allow_pickle: bool = False,
+    gptq_zeros: str | None = None,
+    ignore_extra: bool = False,
+    on_layer: Step = lambda: None,
+) -> Inspection:
     """Look at a checkpoint folder, an adapter folder, an exported folder or a GGUF file.
 
     Every weight is read once, one layer at a time; nothing is written.
 
     Args:
         path: what to look at.
-        allow_pickle: read `.bin` and `.pt` files as plain tensors.
+        allow_pickle, gptq_zeros, ignore_extra: how to read it, as in a recipe; the commands that follow name them too.
         on_layer: called after each linear layer.
 
     Raises:
         BadInput: there is nothing here that sparseport knows, or it is damaged.
         Unsupported: a base of a kind that cannot be carried exactly; the message says which and the way out.
+        VerificationError: an exported folder whose certificate is damaged.
     """
-    path = Path(path)
+    path, reading = Path(path), _Reading(allow_pickle, gptq_zeros, ignore_extra)
+    found = _inspect(path, reading, on_layer)
+    if found.kind != "base":
+        for option, given in (("--gptq-zeros", reading.gptq_zeros), ("--ignore-extra", reading.ignore_extra)):
+            if given:
+                found.warnings.append(f"{option} has nothing to do: it is for the folder of a base model")
+    return found
+
+
+def _inspect(path: Path, reading: _Reading, on_layer: Step) -> Inspection:
     if path.is_file() and path.suffix == ".gguf":
         return _inspect_gguf(path)
     if not path.is_dir() and not (path.is_file() and is_nncf_checkpoint(path)):
@@ -117,14 +158,14 @@ def inspect(path: Path, *, allow_pickle: bool = False, on_layer: Step = lambda: 
     if (path / CERTIFICATE).is_file():
         return _inspect_export(path)
     if (path / ADAPTER_CONFIG).is_file():
-        return _inspect_adapter(path, allow_pickle)
+        return _inspect_adapter(path, reading)
     if is_nncf_checkpoint(path):
-        return _inspect_nncf(path, allow_pickle)
-    return _inspect_base(path, allow_pickle, on_layer)
+        return _inspect_nncf(path, reading)
+    return _inspect_base(path, reading, on_layer)
 
 
-def _inspect_base(path: Path, allow_pickle: bool, on_layer: Step) -> Inspection:
-    recipe = make_recipe({"base": path, "output": path, "allow_pickle": allow_pickle, "numerics": False})
+def _inspect_base(path: Path, reading: _Reading, on_layer: Step) -> Inspection:
+    recipe = make_recipe({"base": path, "output": path, "numerics": False, **vars(reading)})
     with open_sources(recipe) as sources:
         plan = make_plan(recipe, sources)
         layers = []
@@ -136,23 +177,21 @@ def _inspect_base(path: Path, allow_pickle: bool, on_layer: Step) -> Inspection:
         found = Inspection("base", _title(sources, layers), packed.writer if packed else "", layers=layers)
         found.facts = _base_facts(sources.base, layers)
         found.warnings = list(sources.base.warnings)
-        _judge_base(found, sources, plan)
-        tokenizer = (path / "tokenizer.json").is_file() or (path / "tokenizer.model").is_file()
-    if not tokenizer:
+        _judge_layers(found, plan)
+        options = [*reading.words, *_judge_matrices(found, sources, plan)]
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         found.loses.append(
             "the folder has no tokenizer: the export needs --no-tokenizer, and applications one of theirs"
         )
-    command = ["sparseport", "export", "--target", "openvino", "--base", str(path)]
-    found.next.append(
-        _command([*command, *([] if tokenizer else ["--no-tokenizer"]), "--output", f"{path.name}-openvino"])
-    )
+        options.append("--no-tokenizer")
+    if any(layer.refused for layer in layers):
+        return found  # no command would run through
+    command = [*_EXPORT, "--base", _word(path), *options]
+    found.next.append(_command([*command, "--output", _output_for(path)]))
+    adapter = ["--adapter", Placeholder("ADAPTER")]
     if any(layer.format.startswith("int") for layer in layers):
-        found.next.append(
-            _command([*command, "--sparse-base", "SPARSE", "--adapter", "ADAPTER", "--output", "OUT"])
-            + "   # with a QA-SparsePEFT adapter"
-        )
-    else:
-        found.next.append(_command([*command, "--adapter", "ADAPTER", "--output", "OUT"]) + "   # with an adapter")
+        adapter = ["--sparse-base", Placeholder("SPARSE-BASE"), "--adapter", Placeholder("QA-SPARSEPEFT-ADAPTER")]
+    found.next.append(_command([*command, *adapter, "--output", Placeholder("OUT")]))
     return found
 
 
@@ -180,7 +219,7 @@ def _look_at(module: str, sources: Sources, plan: Plan) -> LayerReport:
         zeros=zeros,
         pruned=pruned,
         pattern="" if pattern is None else f"{pattern[0]}:{pattern[1]}",
-        stored=planned.stored if planned else "with the embedding",
+        stored=planned.stored if planned else WITH_EMBEDDING,
         refused=planned.refused if planned else None,
     )
 
@@ -196,8 +235,8 @@ def _title(sources: Sources, layers: list[LayerReport]) -> str:
     most = f"mostly {most}" if len(kinds) > 1 else most
     packed = sources.linears.packed
     name = packed.name if packed else "plain tensors"
-    zeros = sum(layer.zeros for layer in layers if layer.stored != "with the embedding")
-    weights = sum(layer.weights for layer in layers if layer.stored != "with the embedding")
+    zeros = sum(layer.zeros for layer in layers if layer.stored != WITH_EMBEDDING)
+    weights = sum(layer.weights for layer in layers if layer.stored != WITH_EMBEDDING)
     share = zeros / weights if weights else 0.0
     sparse = f", {share:.1%} of the linear weights are exactly zero" if share > SPARSE_FROM else ""
     return f"{sources.base.config.get('model_type', 'unknown')} model, {name}, {most}{sparse}"
@@ -205,7 +244,9 @@ def _title(sources: Sources, layers: list[LayerReport]) -> str:
 
 def _base_facts(base: ModelFolder, layers: list[LayerReport]) -> dict[str, str]:
     config = base.config
-    facts = {"architecture": ", ".join(config.get("architectures") or []) or str(config.get("model_type"))}
+    named = config.get("architectures")
+    names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+    facts = {"architecture": ", ".join(names) or str(config.get("model_type"))}
     for key in ("num_hidden_layers", "hidden_size", "vocab_size"):
         if key in config:
             facts[key] = str(config[key])
@@ -229,54 +270,77 @@ def _declared_pattern(config: dict[str, Any]) -> str | None:
     return None
 
 
-def _judge_base(found: Inspection, sources: Sources, plan: Plan) -> None:
-    carried = [layer for layer in found.layers if layer.refused is None]
+def _judge_layers(found: Inspection, plan: Plan) -> None:
+    """What becomes of the linear layers that leave as layers (an untouched head does not)."""
+    carried = [layer for layer in found.layers if layer.refused is None and layer.stored != WITH_EMBEDDING]
     quantized = [layer for layer in carried if layer.zero_points is not None]
-    if quantized:
-        found.keeps.append(f"codes, zero-points and scales of {len(quantized)} layers, bit for bit")
+    dense = [layer for layer in carried if layer.zero_points is None]
+    for some, what in ((quantized, "codes, zero-points and scales of {} layers"), (dense, "values and zeros of {} {}")):
+        if some:
+            widened = any(layer.scales == "bfloat16" for layer in some)
+            exactly = "exactly (bfloat16 leaves as float32, which holds it)" if widened else "bit for bit"
+            found.keeps.append(f"{what.format(len(some), 'floating-point layers')}, {exactly}")
     if any(layer.act_order for layer in carried):
         found.keeps.append("act-order: columns stay as quantised, the activation is gathered to fit")
-    if dense := [layer for layer in carried if layer.zero_points is None]:
-        found.keeps.append(f"values and zeros of {len(dense)} floating-point layers, bit for bit")
     if any(layer.pruned is not None for layer in carried):
         found.keeps.append("the mask that is stored with the weights")
     found.keeps += [note for note in plan.notes if "filled up" in note or "split losslessly" in note]
     for layer in found.layers:
         if layer.refused is not None:
             found.loses.append(f"{layer.module} is refused: {layer.refused}")
-    for name in plan.tensors:
-        if len(sources.base.info(name).shape) < 2:
-            continue
-        if changed := _rounded_by_f16(sources, name):
-            found.loses.append(f"{changed:,} values of {name} are rounded to float16; --embedding fp32 keeps every one")
-        sources.release()
-    if quantized and sources.sparse is None:
+    if quantized:
         found.loses.append(
             "no mask comes with INT4 codes: weights that are zero by rounding look like pruned ones; "
             "--sparse-base gives the mask"
         )
 
 
-def _rounded_by_f16(sources: Sources, name: str) -> int:
-    """How many values of a tensor float16 does not hold, counted in blocks of rows."""
+def _judge_matrices(found: Inspection, sources: Sources, plan: Plan) -> list[str]:
+    """What becomes of embedding and head, which leave as float16; returns options without which the export fails."""
+    kept, options = [], []
+    for name in plan.tensors:
+        if len(sources.base.info(name).shape) < 2:
+            continue
+        is_head = name == f"{sources.base.head_name}.weight"
+        label = f"{name} (the head travels with the embedding)" if is_head else name
+        rounded, overflowing = _changed_by_f16(sources, name)
+        sources.release()
+        if overflowing:
+            found.loses.append(f"{overflowing:,} values of {label} overflow float16: the export needs --embedding fp32")
+            options = ["--embedding", "fp32"]
+        elif rounded:
+            found.loses.append(f"{rounded:,} values of {label} are rounded to float16; --embedding fp32 keeps them")
+        else:
+            kept.append(label)
+    if kept:
+        found.keeps.append(f"every value of {', '.join(kept)}")
+    return options
+
+
+def _changed_by_f16(sources: Sources, name: str) -> tuple[int, int]:
+    """How many values of a tensor float16 rounds, and how many it makes infinite; counted in blocks of rows."""
     values = sources.base.read(name)
     if values.dtype == np.float16:
-        return 0
-    changed = 0
+        return 0, 0
+    rounded, overflowing = 0, 0
     for start in range(0, values.shape[0], 1024):
         wide = values[start : start + 1024].astype(np.float32)
         with np.errstate(over="ignore", under="ignore"):
-            changed += int(np.count_nonzero(wide.astype(np.float16).astype(np.float32) != wide))
-    return changed
+            narrow = wide.astype(np.float16).astype(np.float32)
+        infinite = np.isinf(narrow) & np.isfinite(wide)
+        overflowing += int(np.count_nonzero(infinite))
+        rounded += int(np.count_nonzero((narrow != wide) & ~infinite))
+    return rounded, overflowing
 
 
-def _inspect_adapter(path: Path, allow_pickle: bool) -> Inspection:
-    with AdapterFolder.open(path, allow_pickle=allow_pickle) as adapter:
-        kind, needs = "LoRA", ["--base", "BASE"]
+def _inspect_adapter(path: Path, reading: _Reading) -> Inspection:
+    with AdapterFolder.open(path, allow_pickle=reading.allow_pickle) as adapter:
+        kind, needs = "LoRA", ["--base", Placeholder("BASE")]
         if adapter.quantization_aware:
-            kind, needs = "QA-SparsePEFT", ["--base", "INT4-BASE", "--sparse-base", "SPARSE-BASE"]
+            kind = "QA-SparsePEFT"
+            needs = ["--base", Placeholder("INT4-BASE"), "--sparse-base", Placeholder("SPARSE-BASE")]
         elif adapter.sparse_adapter:
-            kind, needs = "SparsePEFT", ["--base", "SPARSE-BASE"]
+            kind, needs = "SparsePEFT", ["--base", Placeholder("SPARSE-BASE")]
         ranks = adapter.ranks()
         found = Inspection("adapter", f"{kind} adapter for {len(ranks)} layers")
         release = adapter.config.get("peft_version")
@@ -312,15 +376,19 @@ def _inspect_adapter(path: Path, allow_pickle: bool) -> Inspection:
             "QA-SparsePEFT": "zero-points and scales of the INT4 base stay; every pruned weight has code == zero-point",
         }[kind]
     )
-    for choice in choices:
-        extra = [] if choice == "maximal" else ["--sub-adapter", choice]
-        command = ["sparseport", "export", "--target", "openvino", *needs, "--adapter", str(path), *extra]
-        found.next.append(_command([*command, "--output", "OUT"]))
+    pickle = ["--allow-pickle"] if reading.allow_pickle else []
+    found.next = _choices([*_EXPORT, *needs, "--adapter", _word(path), *pickle], choices)
     return found
 
 
-def _inspect_nncf(path: Path, allow_pickle: bool) -> Inspection:
-    with NncfCheckpoint.open(path, allow_pickle=allow_pickle) as tuned:
+def _choices(command: list[str], choices: list[str]) -> list[str]:
+    """A command for each sub-adapter; the maximal one is what an export takes when none is named."""
+    named = [[] if choice == "maximal" else ["--sub-adapter", choice] for choice in choices]
+    return [_command([*command, *words, "--output", Placeholder("OUT")]) for words in named]
+
+
+def _inspect_nncf(path: Path, reading: _Reading) -> Inspection:
+    with NncfCheckpoint.open(path, allow_pickle=reading.allow_pickle) as tuned:
         modules, ranks, elastic = tuned.modules(), tuned.ranks(), tuned.elastic_ranks()
         kinds: Counter[str] = Counter()
         for module in modules:
@@ -345,10 +413,24 @@ def _inspect_nncf(path: Path, allow_pickle: bool) -> Inspection:
     found.loses.append(
         "pruned weights of a sparse base: NNCF's adapters have no mask; an export counts what they revive"
     )
-    for choice in ("maximal", "heuristic") if result and elastic else ("maximal",):
-        extra = [] if choice == "maximal" else ["--sub-adapter", choice]
-        command = ["sparseport", "export", "--target", "openvino", "--base", "BASE", "--adapter", str(path)]
-        found.next.append(_command([*command, "--allow-pickle", *extra, "--output", "OUT"]))
+    found.warnings.append(
+        "the dtype that the base had decides the codes: DTYPE is float32 for a model that NNCF's own example exports, "
+        "bfloat16 for one that was stripped as it was tuned in bfloat16, stored for the dtype of the base's files"
+    )
+    choices = ["maximal"]
+    if elastic and result is None:
+        found.warnings.append(
+            "the adapters are elastic, and there is no result.json with the ranks that were searched: an export takes "
+            "the largest ranks, or those of --sub-adapter FILE"
+        )
+    elif elastic and result is not None:
+        try:
+            read_nls_ranks(result, elastic)
+            choices.append("heuristic")
+        except SparseportError as error:
+            found.warnings.append(f"the searched ranks cannot be used: {error}")
+    base = ["--base", Placeholder("BASE"), "--nncf-base-dtype", Placeholder("DTYPE")]
+    found.next = _choices([*_EXPORT, *base, "--adapter", _word(path), "--allow-pickle"], choices)
     return found
 
 
@@ -362,34 +444,52 @@ def _inspect_export(path: Path) -> Inspection:
     certificate = Certificate.read(path)
     totals = certificate.totals
     found = Inspection("export", "folder exported by sparseport, with its certificate")
-    found.writer = f"sparseport {certificate.body.get('sparseport', '')}"
+    found.writer = f"sparseport {certificate.body['sparseport']}"
     found.facts = {
         "linear layers": f"{totals['linears']}, {totals['weights']:,} weights, {totals['int4_linears']} in INT4",
         "pruned": f"{totals['pruned']:,} of {totals['masked_weights']:,}, {totals['revived']:,} of them not zero",
     }
-    found.next = [_command(["sparseport", "verify", str(path)])]
+    found.next = [_command(["sparseport", "verify", _word(path)])]
     return found
 
 
 def _inspect_gguf(path: Path) -> Inspection:
-    from sparseport.checkpoints.gguf import describe_gguf
+    from sparseport.checkpoints.gguf import check_gguf, describe_gguf
 
     facts, kinds = describe_gguf(path)
     found = Inspection("gguf", f"GGUF file, {facts.get('architecture', 'unknown')} model", facts=facts)
     found.facts["tensors"] = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
-    found.keeps.append("the value of every weight as the file's blocks give it, rounded once to float16")
-    found.loses.append("the blocks themselves (Q4_K and the like): no runtime here computes with them")
+    command = [*_EXPORT, "--base", _word(path)]
+    wide = ["--gguf-dtype", "float32", "--embedding", "fp32"]
+    try:
+        check_gguf(path)
+    except SparseportError as error:
+        found.loses.append(f"an export refuses this file: {error}")
+    else:
+        found.next = [_command([*command, "--output", _output_for(path)])]
+    if set(kinds) <= {"F16"}:
+        found.keeps.append("the value of every tensor: all are float16 in the file")
+        return found
+    found.keeps.append(f"the value of every tensor as the file gives it, but only with {' '.join(wide)}")
+    found.loses.append(
+        "otherwise every tensor, norms and embedding too, is rounded to float16 once; an export counts what changes"
+    )
     if set(kinds) - {"F16", "F32", "BF16"}:
-        found.loses.append(
-            "what rounding to float16 changes; `--set gguf_dtype=float32` keeps every value, at twice the size"
-        )
-    found.next = [
-        _command(
-            ["sparseport", "export", "--target", "openvino", "--base", str(path), "--output", f"{path.stem}-openvino"]
-        )
-    ]
+        found.loses.append("the blocks themselves (Q4_K and the like): no runtime here computes with them")
+    if found.next:
+        found.next.append(_command([*command, *wide, "--output", _output_for(path)]))
     return found
 
 
+def _output_for(path: Path) -> str:
+    """Name of a folder to export to, beside what is exported to it."""
+    return _word(Path(f"{path.resolve().stem if path.is_file() else path.resolve().name or 'model'}-openvino"))
+
+
+def _word(path: Path) -> str:
+    """A path as a word of a command; one that starts with a dash would be taken for an option."""
+    return f"./{path}" if str(path).startswith("-") else str(path)
+
+
 def _command(words: list[str]) -> str:
-    return " ".join(word if word.isupper() else shlex.quote(word) for word in words)
+    return " ".join(word if isinstance(word, Placeholder) else shlex.quote(word) for word in words)

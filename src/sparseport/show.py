@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from typing import Any
 
@@ -22,9 +23,18 @@ def printable(text: object) -> str:
     return escape(_printable(str(text)))
 
 
+def _console(width: int | None = None) -> Console:
+    return Console(width=width, emoji=False)  # `:smile:` in a file name is no picture
+
+
+def _print_command(console: Console, label: str, command: str) -> None:
+    """A command to copy: no markup and no colours, because escapes for them would change it, and no line breaks."""
+    console.print(f"{label}{_printable(command)}", markup=False, highlight=False, soft_wrap=True)
+
+
 def show_plan(plan: Plan) -> None:
     """Print a dry run: every layer, what would be refused, and the estimates."""
-    console = Console()
+    console = _console()
     table = Table(title="plan", title_justify="left")
     for name in ("layer", "rule", "rank", "shape", "source", "stored"):
         table.add_column(name, overflow="fold")
@@ -47,7 +57,7 @@ def show_plan(plan: Plan) -> None:
 
 def show_export(result: ExportResult) -> None:
     """Print what was exported and what is proven about it."""
-    console = Console()
+    console = _console()
     totals = result.certificate.totals
     console.print(f"[bold]{printable(result.folder)}[/bold]")
     console.print(
@@ -64,7 +74,7 @@ def show_export(result: ExportResult) -> None:
         show_numerics(result.certificate.body["numerics"])
     else:
         console.print("  logits: not compared (--no-numerics)")
-    console.print(f"  proof again any time: sparseport verify {printable(result.folder)}")
+    _print_command(console, "  proof again any time: ", f"sparseport verify {shlex.quote(str(result.folder))}")
 
 
 def read_back(certificate: Certificate) -> tuple[int, int]:
@@ -78,7 +88,7 @@ def read_back(certificate: Certificate) -> tuple[int, int]:
 
 def show_numerics(numerics: dict[str, Any]) -> None:
     """Print both answers of the numeric check."""
-    console = Console()
+    console = _console()
     full, default = numerics["full_precision"], numerics["default"]
     console.print(
         f"  logits at full precision: max |difference| {full['judged_max_abs']} against torch {full['judged_against']} "
@@ -89,7 +99,7 @@ def show_numerics(numerics: dict[str, Any]) -> None:
 
 def show_verdict(verdict: Verdict) -> None:
     """Print a verdict."""
-    console = Console()
+    console = _console()
     for difference in verdict.differences:
         console.print(f"[red]{printable(difference)}[/red]", soft_wrap=True)
     console.print(
@@ -100,7 +110,7 @@ def show_verdict(verdict: Verdict) -> None:
 
 def show_demo(result: dict[str, Any]) -> None:
     """Print the demo's closing table."""
-    console = Console()
+    console = _console()
     table = Table("model", "accuracy", "size", "sparsity", title=f"task {result['task']}", title_justify="left")
     for row in result["table"]:
         table.add_row(row["model"], row["accuracy"], row["size"], row["sparsity"])
@@ -120,9 +130,9 @@ def show_demo(result: dict[str, Any]) -> None:
 
 def show_inspection(found: Inspection, every_layer: bool) -> None:
     """Print what a checkpoint is: facts, layers, what an export keeps and loses, and what to run next."""
-    console = Console()
+    console = _console()
     if not console.is_terminal:
-        console = Console(width=200)  # in a log or a pipe nothing has to fit a screen
+        console = _console(200)  # in a log or a pipe nothing has to fit a screen
     console.print(f"[bold]{printable(found.title)}[/bold]")
     facts = {**({"written by": found.writer} if found.writer else {}), **found.facts}
     for label, value in facts.items():
@@ -143,7 +153,7 @@ def show_inspection(found: Inspection, every_layer: bool) -> None:
         for line in lines:
             console.print(f"{heading}: {printable(line)}")
     for command in found.next:
-        console.print(f"next:  {printable(command)}", soft_wrap=True)
+        _print_command(console, "next:  ", command)
 
 
 def _layer_rows(layers: list[LayerReport], every_layer: bool) -> list[tuple[str, ...]]:

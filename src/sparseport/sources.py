@@ -173,12 +173,14 @@ def open_sources(recipe: Recipe) -> Sources:
     try:
         extra: dict[str, Path] = {}
         folder = recipe.base
+        notes: list[str] = []
         if recipe.base.suffix == ".gguf" and recipe.base.is_file():
             extra["base"] = recipe.base
-            folder = _converted(recipe, stack)
+            folder, notes = _converted(recipe, stack)
         base = stack.enter_context(
             ModelFolder.open(folder, allow_pickle=recipe.allow_pickle, ignore_extra=recipe.ignore_extra)
         )
+        base.warnings.extend(notes)
         base.check_layers()
         linears = open_linears(base, gptq_zeros=recipe.gptq_zeros)
         sparse, sparse_linears = None, None
@@ -267,14 +269,16 @@ def _check_adapter_shapes(adapter: AdapterFolder, linears: StoredLinears) -> Non
             )
 
 
-def _converted(recipe: Recipe, stack: ExitStack) -> Path:
-    """A GGUF base as a Hugging Face folder that lives as long as the sources; made in a process of its own."""
+def _converted(recipe: Recipe, stack: ExitStack) -> tuple[Path, list[str]]:
+    """A GGUF base as a Hugging Face folder that lives as long as the sources, and what the user should know of it.
+
+    Made in a process of its own.
+    """
     temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="sparseport-gguf-"))
     folder = Path(temporary) / "base"
     request = {"path": str(recipe.base.absolute()), "output": str(folder), "dtype": recipe.gguf_dtype}
     with Child("sparseport.checkpoints.gguf", request) as child:
-        child.result()
-    return folder
+        return folder, list(child.result()["notes"])
 
 
 def _nls_ranks(tuned: NncfCheckpoint, recipe: Recipe, extra: dict[str, Path]) -> dict[str, int]:

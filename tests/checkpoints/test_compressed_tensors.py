@@ -94,7 +94,7 @@ def test_columns_come_sorted_by_group(tmp_path, dtype):
     assert weight.zero_points[3].tolist() == [3, 15]
 
 
-@pytest.mark.parametrize("actorder", ["group", "weight", "static", None])
+@pytest.mark.parametrize("actorder", ["group", "Group", "weight", "WEIGHT", "static", False, None])
 def test_indices_of_minus_one_mean_no_order(tmp_path, actorder):
     path = golden(tmp_path, change={"actorder": actorder}, weight_g_idx=np.full(10, -1, np.int32))
     assert_same_weight(read_layer(path), read_layer(golden(tmp_path / "plain")))
@@ -246,7 +246,7 @@ def test_zero_points_of_a_symmetric_layer(tmp_path, zeros, code):
     assert refusal(path, BadInput, "weight_zero_point").code == code
 
 
-@pytest.mark.parametrize("actorder", ["group", "dynamic", True])
+@pytest.mark.parametrize("actorder", ["group", "GROUP", "dynamic", "Dynamic", True])
 def test_act_order_without_its_indices(tmp_path, actorder):
     path = golden(tmp_path, change={"actorder": actorder})
     assert refusal(path, BadInput, "weight_g_idx").code == "E_TENSOR"
@@ -269,6 +269,13 @@ CHANGES = {
     "per tensor": ({"strategy": "tensor"}, Unsupported, "E_QUANT_CONFIG"),
     "per block": ({"strategy": "block"}, Unsupported, "E_QUANT_CONFIG"),
     "per token": ({"strategy": "token"}, Unsupported, "E_QUANT_CONFIG"),
+    "dynamic": ({"dynamic": True}, Unsupported, "E_QUANT_CONFIG"),
+    "locally dynamic": ({"dynamic": "local"}, Unsupported, "E_QUANT_CONFIG"),
+    "unknown order": ({"actorder": "groups"}, Unsupported, "E_QUANT_CONFIG"),
+    "empty order": ({"actorder": ""}, Unsupported, "E_QUANT_CONFIG"),
+    "order as number": ({"actorder": 1}, Unsupported, "E_QUANT_CONFIG"),
+    "order 0": ({"actorder": 0}, Unsupported, "E_QUANT_CONFIG"),
+    "order as list": ({"actorder": ["group"]}, Unsupported, "E_QUANT_CONFIG"),
     "no strategy": ({"strategy": None}, Unsupported, "E_QUANT_CONFIG"),
 }
 
@@ -313,6 +320,7 @@ def _set(path, value):
 
 ACTIVATIONS = {"num_bits": 8, "type": "int", "dynamic": True, "strategy": "token"}
 CONFIGS = {
+    "too many targets": ("config_groups.group_0.targets", ["Linear"] * 10_001, BadInput, "E_LIMIT"),
     "input activations": ("config_groups.group_0.input_activations", ACTIVATIONS, Unsupported, "E_QUANT_CONFIG"),
     "output activations": ("config_groups.group_0.output_activations", ACTIVATIONS, Unsupported, "E_QUANT_CONFIG"),
     "kv cache": ("kv_cache_scheme", {"num_bits": 8, "type": "float"}, Unsupported, "E_QUANT_CONFIG"),

@@ -140,6 +140,29 @@ def test_part_of_another_shape(tmp_path, dialect, leaf):
         assert caught.value.code in ("E_SHAPE", "E_GROUP", "E_BITMASK") and caught.value.fix, how
 
 
+def without(array, axis):
+    return array[tuple(slice(0) if n == axis else slice(None) for n in range(array.ndim))]
+
+
+@pytest.mark.parametrize("dialect", [*PACKED, "dense"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_layer_without_inputs_or_outputs(tmp_path, dialect, axis):
+    """Every part is empty along its axis, so that the parts fit each other."""
+    settings = {"weight_shape": [[0, 64], [16, 0]][axis], "shape": [[0, 64], [16, 0]][axis]}
+    damage = {}
+    for leaf in leaves(dialect):
+        if leaf in settings:
+            damage[leaf] = np.array(settings[leaf], np.int64)
+        else:
+            packed_along_inputs = dialect.startswith(("gptq", "auto-round", "awq-gemm")) and dialect != "awq-gemv"
+            place = 1 - axis if packed_along_inputs and leaf != "g_idx" else axis
+            damage[leaf] = lambda array, place=place: without(array, min(place, array.ndim - 1))
+    path = write_layer(tmp_path, dialect, random_layer(dialect), damage=damage)
+    with ModelFolder.open(path) as folder, pytest.raises(BadInput) as caught:
+        open_linears(folder).format_of(LAYER)
+    assert caught.value.where.startswith(f"{path}, tensor {LAYER}.") and caught.value.fix
+
+
 @pytest.mark.parametrize(("dialect", "leaf"), PARTS)
 def test_part_of_another_dtype(tmp_path, dialect, leaf):
     weight = random_layer(dialect)

@@ -21,8 +21,11 @@ from dialects import (
     write_folder,
 )
 from one_layer import LAYER, SCALE_DTYPES, assert_same_weight, random_layer, read_layer, refusal, write_layer
-from sparseport.checkpoints.detect import METHODS, open_linears
+from sparseport.checkpoints.detect import open_linears
 from sparseport.checkpoints.folder import ModelFolder
+from sparseport.checkpoints.leaves import MAIN, PARTS, WEIGHT_PARTS
+from sparseport.checkpoints.leaves import PACKED as PACKED_LEAVES
+from sparseport.checkpoints.quantization_settings import METHODS
 from sparseport.errors import BadInput, Unsupported
 from sparseport.weights.linear import QuantizedWeight
 from sparseport.weights.packing import ZeroPointStorage
@@ -47,11 +50,11 @@ NAMES = {
     "dense": (None, None),
 }
 PACKED = (*QUANTIZED, *BITMASK)
-MAIN = {**dict.fromkeys(PACK_QUANTIZED, "weight_packed"), **dict.fromkeys(BITMASK, "compressed")}
 
 
 def main_leaf(dialect):
-    return MAIN.get(dialect, "qweight")
+    named = {**dict.fromkeys(PACK_QUANTIZED, "weight_packed"), **dict.fromkeys(BITMASK, "compressed")}
+    return named.get(dialect, "qweight")
 
 
 # --- recognition ----------------------------------------------------------------------------------------------------
@@ -287,9 +290,12 @@ def test_gptq_zeros_is_for_gptq_words_only(tmp_path, dialect):
     ],
 )
 def test_writer_is_what_the_settings_say(tmp_path, change, writer):
-    path = write_layer(tmp_path, "gptq-v1", random_layer("gptq-v1"), settings=lambda raw: raw.update(change))
+    weight = random_layer("gptq-v1")
+    weight.zero_points[weight.zero_points == 0] = 1  # how others than GPTQModel store a 0 depends on the writer
+    path = write_layer(tmp_path, "gptq-v1", weight, settings=lambda raw: raw.update(change))
     with ModelFolder.open(path) as folder:
         assert open_linears(folder).packed.writer == writer
+    assert_same_weight(read_layer(path), weight)
 
 
 def test_a_plain_layer_must_be_floating_point(tmp_path):
@@ -297,6 +303,26 @@ def test_a_plain_layer_must_be_floating_point(tmp_path):
         path = save(tmp_path / str(number), {"model_type": "llama"}, {f"{LAYER}.weight": array})
         error = refusal(path, BadInput, "weight")
         assert error.code == "E_SHAPE" and "quantization_config" in error.fix
+
+
+@pytest.mark.parametrize("dialect", [*PACKED, "dense"])
+def test_every_leaf_has_one_home(dialect):
+    found = {name.rpartition(".")[2] for name in layer_tensors(dialect, LAYER, random_layer(dialect))}
+    assert found <= set(WEIGHT_PARTS) and len(found & set(MAIN)) == 1
+    assert set(PARTS) == set(WEIGHT_PARTS) - {"weight"} and set(PACKED_LEAVES) == set(MAIN) - {"weight"}
+
+
+@pytest.mark.parametrize("embedding", ["model.embed_tokens", "transformer.wte", "model.embed_positions"])
+@pytest.mark.parametrize("dialect", PACKED)
+def test_packed_embedding_is_refused_as_such(tmp_path, dialect, embedding):
+    weight = random_layer(dialect)
+    tensors = layer_tensors(dialect, embedding, weight)
+    for number, config in enumerate(({"a": 1}, {"a": 1, "quantization_config": None})):
+        path = write_folder(tmp_path / str(number), dialect, {LAYER: weight}, tensors, config)
+        with ModelFolder.open(path) as folder, pytest.raises(Unsupported, match="embedding") as caught:
+            open_linears(folder)
+        assert caught.value.code == "E_EMBEDDING" and caught.value.fix
+        assert caught.value.where.startswith(f"{path}, tensor {embedding}.")
 
 
 def test_shards_hold_parts_apart(tmp_path):

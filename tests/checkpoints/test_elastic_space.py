@@ -170,14 +170,32 @@ def test_ranks_alone_do_not_choose_widths(tmp_path):
 
 def test_choice_against_the_adapter():
     with pytest.raises(BadInput, match=r"one of \[24, 20\]") as caught:
-        choose_ranks(GROUPS, "maximal", trained={Q: 32, K: 24, UP: 16})
-    assert K in str(caught.value)
-    with pytest.raises(BadInput, match=r"one of \[12, 8\]"):
-        choose(WIDE, "maximal", trained={Q: 32, K: 32, UP: 12})
+        choose_ranks(GROUPS, "maximal", trained={Q: 32, K: 25, UP: 16})
+    assert K in str(caught.value) and "search space" in caught.value.fix
+    with pytest.raises(BadInput, match="at most 4") as caught:
+        choose(WIDE, "maximal", trained={Q: 32, K: 32, UP: 4})
+    assert "search space" in caught.value.fix
     with pytest.raises(BadInput, match=UP):
         choose_ranks(GROUPS, "minimal", trained={Q: 32, K: 32})
     with pytest.raises(UsageError, match="maximal, heuristic, minimal"):
         choose_ranks(GROUPS, "median")
+
+
+def test_all_of_an_extracted_sub_adapter(tmp_path):
+    """Its tensors have lower ranks, and the super-adapter's search space may still lie beside them."""
+    trained = {Q: 20, K: 20, UP: 12}
+    assert choose(WIDE, "maximal", trained=trained) == Selection(trained, {UP: 11008})
+    # A group may have been split by hand, and only some groups shrunk.
+    for ranks in ({Q: 28, K: 24, UP: 16}, {Q: 32, K: 32, UP: 8}):
+        assert choose_ranks(GROUPS, "maximal", trained=ranks) == ranks
+    # Tensors larger than the space are cut to it, as ever.
+    assert choose_ranks(GROUPS, "maximal", trained={Q: 64, K: 64, UP: 64}) == {Q: 32, K: 32, UP: 16}
+    # Another choice would mean other ranks than it says.
+    for choice in ("heuristic", write(tmp_path / "ranks.json", [28, 12])):
+        with pytest.raises(BadInput, match="above the trained one") as caught:
+            choose_ranks(GROUPS, choice, trained=trained)
+        assert "--sub-adapter maximal" in caught.value.fix and caught.value.found == "28"
+    assert choose_ranks(GROUPS, "minimal", trained=trained) == {Q: 20, K: 20, UP: 8}
 
 
 SPACES = {

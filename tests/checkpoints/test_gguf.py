@@ -1,198 +1,31 @@
-"""GGUF conversion: a tiny model written with the format's own writer, and the tokenizer it describes."""
+"""GGUF conversion: the weights and settings of the file, what rounding changes, and the proof of all that."""
 
 from __future__ import annotations
 
 import json
 import stat
-from dataclasses import replace
+import struct
 
 import numpy as np
 import pytest
 
-from sparseport.checkpoints.gguf import GgufTokenizer, build_tokenizer, convert_gguf, read_tokenizer
-from sparseport.errors import BadInput, OutputExists, Unsupported
+from e2e.in_process import in_process
+from gguf_files import HEADS, SAMPLES, TEMPLATE, description, ids, rotary_order, spelled, write_gguf
+from sparseport.checkpoints import gguf_proof
+from sparseport.checkpoints.gguf import build_tokenizer, convert_gguf, convert_with_notes
+from sparseport.checkpoints.gguf_header import GgufFile
+from sparseport.checkpoints.gguf_model import place_tensors, read_model
+from sparseport.checkpoints.gguf_proof import interleaved_rows, prove
+from sparseport.errors import BadInput, FidelityError, OutputExists, Unsupported
+from sparseport.recipe import make_recipe
+from sparseport.sources import open_sources
 
 gguf = pytest.importorskip("gguf")
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+reference = pytest.importorskip("safetensors.numpy")
 
-TEMPLATE = "{% for message in messages %}<|start|>{{ message['content'] }}<|end|>{% endfor %}"
-SAMPLES = [
-    "def f(x):\n\treturn x**2  # square\n\n",
-    "12345 + 67,890.00 = 3.14e-5",
-    "  two  spaces   three \n\n end ",
-    "naïve 日本語 ñ é 🙂🚀👩‍👩‍👧",
-    "don't we'll , . ! 's",
-    "",
-]
-
-
-def byte_alphabet():
-    """GPT-2's printable spelling of the 256 bytes."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    other = [b for b in range(256) if b not in plain]
-    return [chr(b) for b in plain] + [chr(256 + i) for i in range(len(other))]
-
-
-def description(**changes):
-    merges = ["1 2", "Ġ t", "h e", "Ġt he", "r e"]
-    tokens = ["<|none|>", "<|start|>", "<|end|>", "<tool>", *byte_alphabet(), *(m.replace(" ", "") for m in merges)]
-    types = [3, 3, 3, 4] + [1] * (len(tokens) - 4)
-    base = GgufTokenizer(
-        tokens, types, merges, "smollm", bos_id=1, eos_id=2, pad_id=2, unk_id=0, chat_template=TEMPLATE, max_length=64
-    )
-    return replace(base, **changes)
-
-
-def ids(tokenizer, text):
-    return tokenizer(text)["input_ids"]
-
-
-def spelled(tokenizer, text):
-    return tokenizer.convert_ids_to_tokens(ids(tokenizer, text))
-
-
-@pytest.mark.parametrize("text", SAMPLES)
-@pytest.mark.parametrize("pre", ["smollm", "gpt-2", "gpt2"])
-def test_text_survives_the_round_trip(text, pre):
-    tokenizer = build_tokenizer(description(pre=pre))
-    assert tokenizer.decode(ids(tokenizer, text)) == text
-
-
-def test_merges_apply_in_order_and_nothing_is_put_before_the_text():
-    tokenizer = build_tokenizer(description())
-    assert spelled(tokenizer, "the the") == ["t", "he", "Ġthe"]
-
-
-def test_smollm_splits_digits_and_gpt2_does_not():
-    assert spelled(build_tokenizer(description(pre="smollm")), "12") == ["1", "2"]
-    assert spelled(build_tokenizer(description(pre="gpt-2")), "12") == ["12"]
-
-
-def test_control_and_user_tokens_are_one_token_each_and_only_control_is_special():
-    tokenizer = build_tokenizer(description())
-    encoded = ids(tokenizer, "<|start|>a<tool><|end|>")
-    assert tokenizer.convert_ids_to_tokens(encoded) == ["<|start|>", "a", "<tool>", "<|end|>"]
-    assert encoded[0] == 1 and encoded[-1] == 2
-    assert tokenizer.decode(encoded, skip_special_tokens=True) == "a<tool>"
-
-
-def test_named_tokens_template_and_length():
-    tokenizer = build_tokenizer(description())
-    named = [getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "unk")]
-    assert named == [1, 2, 2, 0]
-    assert tokenizer.model_max_length == 64
-    assert len(tokenizer) == len(description().tokens)
-    messages = [{"role": "user", "content": "hi"}]
-    assert tokenizer.apply_chat_template(messages, tokenize=False) == "<|start|>hi<|end|>"
-
-
-def test_bos_and_eos_are_added_only_when_the_file_asks():
-    tokenizer = build_tokenizer(description(add_bos=True, add_eos=True))
-    assert spelled(tokenizer, "a") == ["<|start|>", "a", "<|end|>"]
-    assert spelled(build_tokenizer(description(add_bos=True)), "a") == ["<|start|>", "a"]
-    assert spelled(build_tokenizer(description()), "a") == ["a"]
-
-
-def test_an_unknown_pre_tokenizer_is_refused_with_the_known_ones():
-    with pytest.raises(Unsupported, match="expected smollm, gpt-2, gpt2, found llama-bpe"):
-        build_tokenizer(description(pre="llama-bpe"))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"merges": ["a"]}, r"merges\[0\].*found a"),
-        ({"merges": ["t h"]}, r"merges\[0\].*found t h"),
-        ({"merges": ["x y z"]}, r"merges\[0\]"),
-        ({"eos_id": 5000}, "eos_id.*found 5000"),
-        ({"token_types": [1]}, "differ in number"),
-        ({"tokens": ["a", "a"], "token_types": [1, 1], "merges": []}, "occurs twice"),
-        ({"add_bos": True, "bos_id": None}, "add_bos is set"),
-    ],
-)
-def test_a_tokenizer_that_contradicts_itself_is_refused(changes, message):
-    with pytest.raises(BadInput, match=message):
-        build_tokenizer(description(**changes), where="model.gguf")
-
-
-def test_an_unknown_token_type_is_refused():
-    types = [9, *description().token_types[1:]]
-    with pytest.raises(Unsupported, match=r"unknown token type.*\[9\]"):
-        build_tokenizer(description(token_types=types))
-
-
-CONFIG = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": False,
-}
-NAMES = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
-
-
-def rotary_order(weight, heads):
-    """GGUF keeps the query and key rows of a Llama with the two rotary halves interleaved."""
-    return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
-
-
-def write_gguf(path, *, tokenizer_model="gpt2", scale=1.0, drop=()):
-    """Write a random Llama and return the model it holds."""
-    torch.manual_seed(0)
-    tokens = description()
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=len(tokens.tokens), **CONFIG)).eval()
-    model = model.half().float()  # what float16 can hold, so that the conversion is exact
-    state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_name("a name that is not for the config")
-    writer.add_block_count(2)
-    writer.add_context_length(64)
-    writer.add_embedding_length(16)
-    writer.add_feed_forward_length(24)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(4)
-    writer.add_vocab_size(len(tokens.tokens))
-    writer.add_tokenizer_model(tokenizer_model)
-    writer.add_tokenizer_pre(tokens.pre)
-    writer.add_token_list(tokens.tokens)
-    writer.add_token_types(tokens.token_types)
-    if "merges" not in drop:
-        writer.add_token_merges(tokens.merges)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_pad_token_id(2)
-    writer.add_unk_token_id(0)
-    writer.add_add_bos_token(False)
-    writer.add_chat_template(TEMPLATE)
-    writer.add_tensor("token_embd.weight", state["model.embed_tokens.weight"] * np.float32(scale))
-    writer.add_tensor("output.weight", state["lm_head.weight"])
-    writer.add_tensor("output_norm.weight", state["model.norm.weight"])
-    for layer in range(2):
-        for short, long in NAMES.items():
-            weight = state[f"model.layers.{layer}.{long}.weight"]
-            heads = {"attn_q": 4, "attn_k": 2}.get(short)
-            writer.add_tensor(f"blk.{layer}.{short}.weight", rotary_order(weight, heads) if heads else weight)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return model
+DOWN = "blk.0.ffn_down.weight"
 
 
 @pytest.fixture(scope="module")
@@ -202,14 +35,43 @@ def converted(tmp_path_factory):
     return model, convert_gguf(root / "tiny.gguf", root / "out")
 
 
-def test_converted_weights_are_those_of_the_file(converted):
-    model, folder = converted
+@pytest.mark.parametrize(("kind", "tied"), [("llama", False), ("llama", True), ("qwen2", False), ("qwen3", True)])
+def test_converted_weights_are_those_of_the_file(tmp_path, kind, tied):
+    model = write_gguf(tmp_path / "tiny.gguf", kind=kind, tied=tied)
+    folder = convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert loaded.dtype == torch.float16
     expected = model.state_dict()
     assert set(loaded.state_dict()) == set(expected)
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor.float(), expected[name]), name
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_names_and_order_are_those_of_llama_cpp(tmp_path, kind):
+    """The gguf package's own table of names, from Hugging Face to GGUF."""
+    write_gguf(tmp_path / "tiny.gguf", kind=kind)
+    file = GgufFile.open(tmp_path / "tiny.gguf")
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH[kind.upper()], 2)
+    places = place_tensors(file, read_model(file))
+    assert list(places) == [tensor.name for tensor in gguf.GGUFReader(tmp_path / "tiny.gguf").tensors]
+    for ours, place in places.items():
+        module, _, leaf = place.name.rpartition(".")
+        assert ours == f"{table.get_name(module)}.{leaf}"
+
+
+def test_settings_are_those_that_transformers_reads(converted):
+    """For a file without anything unusual; what transformers passes over is refused (test_gguf_refused)."""
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    _, folder = converted
+    config = json.loads((folder / "config.json").read_text())
+    theirs = load_gguf_checkpoint(folder.parent / "tiny.gguf")["config"]
+    assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": theirs.pop("rope_theta")}
+    for key in ("_model_name_or_path", "unk_token_id"):
+        theirs.pop(key, None)
+    assert {key: config.get(key) for key in theirs} == theirs
+    assert (config["attention_bias"], config["mlp_bias"], config["hidden_act"]) == (False, False, "silu")
 
 
 def test_converted_folder_holds_what_a_checkpoint_needs_and_nothing_of_the_machine(converted):
@@ -225,7 +87,7 @@ def test_converted_folder_holds_what_a_checkpoint_needs_and_nothing_of_the_machi
     config = json.loads(files["config.json"].read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["dtype"] == "float16"
-    assert config["rms_norm_eps"] == pytest.approx(1e-6)
+    assert config["rms_norm_eps"] == float(np.float32(1e-5))
     assert not [key for key in config if key.startswith("_")]
     for file in files.values():
         assert stat.S_IMODE(file.stat().st_mode) == 0o644
@@ -280,44 +142,181 @@ def test_an_existing_output_is_kept(converted, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
 
 
+def test_an_unknown_dtype_is_refused(tmp_path):
+    with pytest.raises(Unsupported, match="unknown dtype"):
+        convert_gguf(tmp_path / "none.gguf", tmp_path / "out", dtype="int8")
+
+
+# --- what rounding changes -------------------------------------------------------------------------------------------
+
+
+def test_a_block_is_scale_times_codes_and_rounded_once(tmp_path):
+    """Q8_0: a float16 scale and 32 signed bytes. 0.1 in float16 is 1638 / 2**14."""
+    codes = np.arange(-60, 68, 2, dtype=np.int8).reshape(2, 32)
+    row = b"".join(struct.pack("<e", 0.1) + part.tobytes() for part in codes)
+    blocks = np.frombuffer(row * 32, np.uint8).reshape(32, len(row))
+    write_gguf(tmp_path / "tiny.gguf", tensors={DOWN: blocks}, stored={DOWN: "Q8_0"})
+    done = convert_with_notes(tmp_path / "tiny.gguf", tmp_path / "half")
+    exact = np.tile(codes.reshape(-1).astype(np.float64) * 1638 / 2**14, (32, 1))
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert np.array_equal(reference.load_file(done.folder / "model.safetensors")[name], exact.astype(np.float16))
+    expected = int((exact.astype(np.float16) != exact).sum())
+    assert 0 < expected < exact.size
+    assert (done.rounding.values, done.rounding.rounded) == (35552, expected)
+    assert done.notes == (
+        f"tiny.gguf: {expected:,} of 35,552 values are rounded by float16, none becomes 0; "
+        "--gguf-dtype float32 keeps every value",
+    )
+    wide = convert_with_notes(tmp_path / "tiny.gguf", tmp_path / "single", dtype="float32")
+    assert np.array_equal(reference.load_file(wide.folder / "model.safetensors")[name], exact)
+    assert (wide.rounding.rounded, wide.notes) == (0, ())
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_rounded_values_are_counted_over_the_whole_file(tmp_path, dtype, monkeypatch):
+    monkeypatch.setattr(gguf_proof, "_PIECE", 100)  # pieces of a few rows
+    stored = {DOWN: "Q4_1", "token_embd.weight": "Q8_0", "blk.1.attn_q.weight": "Q4_0"}
+    write_gguf(tmp_path / "tiny.gguf", stored=stored)
+    done = convert_with_notes(tmp_path / "tiny.gguf", tmp_path / "out", dtype=dtype)
+    expected = total = 0
+    for tensor in gguf.GGUFReader(tmp_path / "tiny.gguf").tensors:
+        values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        expected += int((values.to(getattr(torch, dtype)).float() != values).sum())
+        total += values.numel()
+    assert expected > 1000
+    assert (done.rounding.values, done.rounding.rounded) == (total, expected)
+
+
+def test_a_value_that_becomes_zero_is_refused_with_the_way_out(tmp_path):
+    norm = np.full(32, 2.0, np.float32)
+    norm[3:5] = [1e-8, -2e-8]
+    write_gguf(tmp_path / "tiny.gguf", tensors={"blk.1.ffn_norm.weight": norm})
+    with pytest.raises(BadInput, match=r"2 weights that are not 0 become 0 in float16.*blk\.1\.ffn_norm") as caught:
+        convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
+    assert caught.value.code == "E_RANGE" and "--gguf-dtype float32" in str(caught.value)
+    assert [file.name for file in tmp_path.iterdir()] == ["tiny.gguf"]
+    folder = convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out", dtype="float32")
+    kept = reference.load_file(folder / "model.safetensors")["model.layers.1.post_attention_layernorm.weight"]
+    assert np.array_equal(kept, norm)
+
+
 def test_weights_that_do_not_fit_the_dtype_are_refused_and_leave_nothing(tmp_path):
-    write_gguf(tmp_path / "big.gguf", scale=1e8)
-    with pytest.raises(BadInput, match=r"not finite in float16; in .*embed_tokens\.weight"):
+    write_gguf(tmp_path / "big.gguf", tensors={"output_norm.weight": np.full(32, 1e8, np.float32)})
+    with pytest.raises(BadInput, match=r"32 weights are not finite in float16; in .*output_norm\.weight") as caught:
         convert_gguf(tmp_path / "big.gguf", tmp_path / "out")
+    assert caught.value.code == "E_RANGE"
     assert [file.name for file in tmp_path.iterdir()] == ["big.gguf"]
     convert_gguf(tmp_path / "big.gguf", tmp_path / "out", dtype="float32")
     assert (tmp_path / "out" / "config.json").is_file()
 
 
-def test_a_sentencepiece_tokenizer_is_refused(tmp_path):
-    write_gguf(tmp_path / "spm.gguf", tokenizer_model="llama")
-    with pytest.raises(Unsupported, match="found llama"):
-        convert_gguf(tmp_path / "spm.gguf", tmp_path / "out")
+def test_nan_in_the_file_is_refused_in_every_dtype(tmp_path):
+    write_gguf(tmp_path / "nan.gguf", tensors={"output_norm.weight": np.full(32, np.nan, np.float32)})
+    with pytest.raises(BadInput, match=r"NaN or Inf; in .*output_norm") as caught:
+        convert_gguf(tmp_path / "nan.gguf", tmp_path / "out", dtype="float32")
+    assert caught.value.code == "E_NAN"
 
 
-def test_a_missing_merge_list_is_refused(tmp_path):
-    write_gguf(tmp_path / "short.gguf", drop=("merges",))
-    with pytest.raises(BadInput, match=r"incomplete.*tokenizer\.ggml\.merges"):
-        read_tokenizer(tmp_path / "short.gguf")
+def test_the_notes_reach_the_user(tmp_path):
+    settings = {"tokenizer.ggml.eot_token_id": 2, "general.sampling.temp": 0.5}
+    write_gguf(tmp_path / "tiny.gguf", settings=settings, stored={DOWN: "Q4_1"})
+    recipe = make_recipe({"base": tmp_path / "tiny.gguf", "output": tmp_path / "out"})
+    with in_process(), open_sources(recipe) as sources:
+        notes = sources.base.warnings
+    assert len(notes) == 2
+    assert "of 35,552 values are rounded by float16, none becomes 0" in notes[0]
+    assert notes[1].endswith("are not carried: tokenizer.ggml.eot_token_id, general.sampling.temp")
 
 
-@pytest.mark.parametrize("keep", [0, 3, 20, 200, 5000, -1])
-def test_a_damaged_file_is_refused_and_named(converted, tmp_path, keep):
-    whole = (converted[1].parent / "tiny.gguf").read_bytes()
-    (tmp_path / "cut.gguf").write_bytes(whole[:keep])
-    with pytest.raises(BadInput, match=r"not a readable GGUF file; in .*cut\.gguf"):
-        convert_gguf(tmp_path / "cut.gguf", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+# --- the proof -------------------------------------------------------------------------------------------------------
 
 
-def test_a_file_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(BadInput, match="no such GGUF file"):
-        convert_gguf(tmp_path / "none.gguf", tmp_path / "out")
+def test_query_rows_are_pairs_side_by_side_in_the_file():
+    assert interleaved_rows(1, 6).tolist() == [0, 3, 1, 4, 2, 5]
+    assert interleaved_rows(2, 8).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    weight = np.arange(32 * 3).reshape(32, 3)
+    assert np.array_equal(weight[interleaved_rows(HEADS, 32)], rotary_order(weight, HEADS))
 
 
-def test_an_unknown_dtype_is_refused(tmp_path):
-    with pytest.raises(Unsupported, match="unknown dtype"):
-        convert_gguf(tmp_path / "none.gguf", tmp_path / "out", dtype="int8")
+def _swap(tensors):
+    left, right = (f"model.layers.0.{name}_layernorm.weight" for name in ("input", "post_attention"))
+    tensors[left], tensors[right] = tensors[right], tensors[left]
+
+
+def _one_bit(tensors):
+    tensors["model.layers.1.mlp.up_proj.weight"].view(np.uint16)[63, 31] ^= 1
+
+
+def _sign_of_zero(tensors):
+    assert tensors["model.norm.weight"][5] == 0
+    tensors["model.norm.weight"].view(np.uint16)[5] ^= 0x8000
+
+
+def _not_unpermuted(tensors):
+    name = "model.layers.1.self_attn.q_proj.weight"
+    tensors[name] = rotary_order(tensors[name], HEADS)
+
+
+def _wider(tensors):
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].astype(np.float32)
+
+
+def _flat(tensors):
+    name = "model.layers.0.self_attn.o_proj.weight"
+    tensors[name] = tensors[name].reshape(16, 64)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_swap, r"\d+ converted weights are not the file's.*blk\.0\.attn_norm\.weight"),
+        (_one_bit, r"1 converted weights are not the file's.*blk\.1\.ffn_up\.weight"),
+        (_sign_of_zero, r"1 converted weights are not the file's.*output_norm\.weight"),
+        (_not_unpermuted, r"converted weights are not the file's.*blk\.1\.attn_q\.weight"),
+        (_wider, r"another form.*output\.weight.*expected float16.*found float32"),
+        (_flat, r"another form.*blk\.0\.attn_output\.weight.*found float16 \(16, 64\)"),
+        (lambda tensors: tensors.pop("model.norm.weight"), r"does not hold the tensors.*found model\.norm\.weight"),
+        (lambda tensors: tensors.update(extra=np.zeros(2)), "does not hold the tensors.*found extra"),
+    ],
+)
+def test_a_folder_that_is_not_the_file_is_refused(tmp_path, change, message):
+    norm = np.ones(32, np.float32)
+    norm[5] = 0
+    write_gguf(tmp_path / "tiny.gguf", tensors={"output_norm.weight": norm})
+    file = GgufFile.open(tmp_path / "tiny.gguf")
+    places = place_tensors(file, read_model(file))
+    folder = convert_gguf(file.path, tmp_path / "out")
+    prove(file, places, folder, "float16")
+    tensors = {name: values.copy() for name, values in reference.load_file(folder / "model.safetensors").items()}
+    change(tensors)
+    reference.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(FidelityError, match=message):
+        prove(file, places, folder, "float16")
+
+
+def test_a_reader_that_leaves_the_rows_in_the_file_s_order_is_found_out(tmp_path, monkeypatch):
+    from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor, TensorProcessor
+
+    write_gguf(tmp_path / "tiny.gguf")
+    monkeypatch.setattr(LlamaTensorProcessor, "process", TensorProcessor.process)
+    with pytest.raises(FidelityError, match=r"attn_q\.weight"):
+        convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
+    assert [file.name for file in tmp_path.iterdir()] == ["tiny.gguf"]
+
+
+def test_a_tensor_that_the_reader_passes_over_is_found_out(tmp_path, monkeypatch):
+    """transformers would go on with random weights in its place."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    write_gguf(tmp_path / "tiny.gguf")
+    names = reader.get_gguf_hf_weights_map
+    monkeypatch.setattr(
+        reader,
+        "get_gguf_hf_weights_map",
+        lambda *args, **kw: {k: v for k, v in names(*args, **kw).items() if k != "blk.1.ffn_up.weight"},
+    )
+    with pytest.raises(FidelityError, match=r"blk\.1\.ffn_up\.weight"):
+        convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
 
 
 @pytest.mark.model

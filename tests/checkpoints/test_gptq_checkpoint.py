@@ -1,9 +1,8 @@
-"""GPTQ checkpoints: literal words, round trips, act-order, zero-point storage and everything that is refused."""
+"""GPTQ checkpoints: literal words, round trips, act-order and everything that is refused."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from gptq_layer import NAME, quantization_config, read, save, weight
+from one_layer import assert_same_weight
 from sparseport.checkpoints.detect import open_linears
 from sparseport.checkpoints.folder import ModelFolder
 from sparseport.checkpoints.gptq import (
@@ -21,49 +22,11 @@ from sparseport.checkpoints.gptq import (
     read_gptq_linear,
     read_quantization_config,
 )
-from sparseport.checkpoints.safetensors import spec_of, write_safetensors
 from sparseport.errors import BadInput, FidelityError, Unsupported
 from sparseport.weights.linear import DenseWeight, QuantizedWeight
 from sparseport.weights.packing import ZeroPointStorage
 
 V1, V2 = ZeroPointStorage.V1, ZeroPointStorage.V2
-NAME = "model.layers.0.mlp.up_proj"
-
-
-def weight(out=16, columns=64, group=32, *, zero=None, seed=0, order=None) -> QuantizedWeight:
-    """A layer whose codes scatter around their zero-points, as trained weights do."""
-    random = np.random.default_rng(seed)
-    zeros = random.integers(5, 11, (out, columns // group)) if zero is None else np.full((out, columns // group), zero)
-    codes = np.clip(np.repeat(zeros, group, axis=1) + np.rint(random.normal(0, 2, (out, columns))), 0, 15)
-    scales = random.uniform(0.01, 0.1, zeros.shape).astype(np.float16)
-    return QuantizedWeight(codes.astype(np.uint8), scales, zeros.astype(np.uint8), group, input_order=order)
-
-
-def quantization_config(weight, storage, *, sym=False, **changes):
-    config = gptq_config_dict(group_size=weight.group_size, sym=sym, storage=storage)
-    config.update(changes)
-    return {key: value for key, value in config.items() if value is not ...}
-
-
-def save(path: Path, config: dict, tensors: dict[str, np.ndarray]) -> Path:
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": config}))
-    write_safetensors(path / "model.safetensors", [spec_of(name, array) for name, array in tensors.items()])
-    return path
-
-
-def read(path: Path, **options) -> QuantizedWeight:
-    with ModelFolder.open(path) as folder:
-        return read_gptq_linear(folder, NAME, read_quantization_config(folder, **options))
-
-
-def assert_equal(left: QuantizedWeight, right: QuantizedWeight) -> None:
-    for part in ("codes", "scales", "zero_points"):
-        a, b = getattr(left, part), getattr(right, part)
-        assert a.dtype == b.dtype and np.array_equal(a, b), part
-    assert left.group_size == right.group_size
-    assert (left.input_order is None) == (right.input_order is None)
-    assert left.input_order is None or np.array_equal(left.input_order, right.input_order)
 
 
 def test_golden_words():
@@ -120,7 +83,7 @@ def test_round_trip(data, scratch):
         quantization_config(layer, storage, desc_act=order is not None),
         gptq_tensors(NAME, layer, storage),
     )
-    assert_equal(read(path), layer)
+    assert_same_weight(read(path), layer)
 
 
 @pytest.mark.parametrize("storage", [V1, V2])
@@ -128,21 +91,12 @@ def test_all_pairs_of_code_and_zero_point(storage, scratch):
     codes = np.tile(np.arange(16, dtype=np.uint8), (16, 1))
     layer = QuantizedWeight(codes, np.ones((16, 1), np.float16), np.arange(16, dtype=np.uint8)[:, None], 16)
     path = save(scratch / "pairs", quantization_config(layer, storage), gptq_tensors(NAME, layer, storage))
-    assert_equal(read(path), layer)
-
-
-def test_wrapped_zero_points_are_reported(tmp_path):
-    layer = weight(zero=0)
-    path = save(tmp_path / "m", quantization_config(layer, V1), gptq_tensors(NAME, layer, V1))
-    with ModelFolder.open(path) as folder:
-        read_quantization_config(folder)
-        assert any("stored as 15" in warning for warning in folder.warnings)
-        assert any("words end in 15s" in warning for warning in folder.warnings)
+    assert_same_weight(read(path), layer)
 
 
 @pytest.mark.parametrize("label", ["gptq", ...])
 def test_scales_keep_their_dtype(label, tmp_path):
-    layer = weight()
+    layer = weight(64, 128)
     tensors = gptq_tensors(NAME, layer, V1)
     tensors[f"{NAME}.scales"] = tensors[f"{NAME}.scales"].astype(np.float32) * np.float32(1.0001)
     got = read(save(tmp_path / "m", quantization_config(layer, V1, checkpoint_format=label), tensors))
@@ -153,7 +107,7 @@ def test_scales_keep_their_dtype(label, tmp_path):
 def test_one_group_for_all_columns(tmp_path):
     layer = weight(group=64)
     path = save(tmp_path / "m", quantization_config(layer, V1, group_size=-1), gptq_tensors(NAME, layer, V1))
-    assert_equal(read(path), layer)
+    assert_same_weight(read(path), layer)
 
 
 def test_act_order_keeps_the_permutation(tmp_path):
@@ -171,92 +125,6 @@ def test_act_order_keeps_the_permutation(tmp_path):
     )
     assert np.array_equal(dense, want)
     assert all(np.array_equal(array, tensors[name]) for name, array in gptq_tensors(NAME, got, V1).items())
-
-
-# --- zero-point storage -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("stored", "label", "want"),
-    [
-        (V1, "gptq", V1),
-        (V1, ..., V1),
-        (V2, "gptq_v2", V2),
-        (V2, ..., V2),
-    ],
-)
-def test_symmetric_storage(tmp_path, stored, label, want):
-    layer = weight(zero=8)
-    path = save(
-        tmp_path / "m",
-        quantization_config(layer, stored, sym=True, checkpoint_format=label),
-        gptq_tensors(NAME, layer, stored),
-    )
-    with ModelFolder.open(path) as folder:
-        config = read_quantization_config(folder)
-        assert config == GptqConfig(4, 32, True, False, want)
-        assert_equal(read_gptq_linear(folder, NAME, config), layer)
-
-
-@pytest.mark.parametrize(("stored", "label", "fix"), [(V2, "gptq", "v2"), (V1, "gptq_v2", "v1")])
-def test_symmetric_contradiction_asks(tmp_path, stored, label, fix):
-    layer = weight(zero=8)
-    path = save(
-        tmp_path / "m",
-        quantization_config(layer, stored, sym=True, checkpoint_format=label),
-        gptq_tensors(NAME, layer, stored),
-    )
-    with pytest.raises(BadInput, match=f"--gptq-zeros {fix}") as caught:
-        read(path)
-    assert caught.value.code == "E_ZEROS" and f"{NAME}.qzeros" in str(caught.value) and str(path) in str(caught.value)
-    assert_equal(read(path, zero_storage=stored), layer)
-    with pytest.raises(BadInput, match=f"--gptq-zeros {fix}"):
-        read(path, zero_storage=V1 if stored is V2 else V2)
-
-
-@pytest.mark.parametrize(("stored", "label"), [(V2, "gptq"), (V2, ...), (V1, "gptq_v2")])
-def test_asymmetric_contradiction_asks(tmp_path, stored, label):
-    layer = weight(64, 128)
-    path = save(
-        tmp_path / "m", quantization_config(layer, stored, checkpoint_format=label), gptq_tensors(NAME, layer, stored)
-    )
-    with pytest.raises(BadInput, match="--gptq-zeros") as caught:
-        read(path)
-    assert caught.value.code == "E_ZEROS" and f"{NAME}.qzeros" in str(caught.value)
-    assert_equal(read(path, zero_storage=stored), layer)
-
-
-@pytest.mark.parametrize(("stored", "label"), [(V1, "gptq"), (V1, ...), (V2, "gptq_v2")])
-def test_asymmetric_storage_agrees(tmp_path, stored, label):
-    layer = weight(64, 128)
-    path = save(
-        tmp_path / "m", quantization_config(layer, stored, checkpoint_format=label), gptq_tensors(NAME, layer, stored)
-    )
-    assert_equal(read(path), layer)
-
-
-def test_sym_with_varying_zero_points(tmp_path):
-    layer = weight()
-    path = save(tmp_path / "m", quantization_config(layer, V1, sym=True), gptq_tensors(NAME, layer, V1))
-    with pytest.raises(BadInput, match="sym") as caught:
-        read(path)
-    assert caught.value.code == "E_ZEROS" and f"{NAME}.qzeros" in str(caught.value)
-
-
-def test_settings_made_by_hand_are_checked_too(tmp_path):
-    layer = weight(zero=8)
-    path = save(tmp_path / "m", quantization_config(layer, V1, sym=True), gptq_tensors(NAME, layer, V1))
-    with ModelFolder.open(path) as folder, pytest.raises(BadInput, match="sym") as caught:
-        read_gptq_linear(folder, NAME, GptqConfig(4, 32, True, False, V2))
-    assert caught.value.code == "E_ZEROS" and f"{NAME}.qzeros" in str(caught.value)
-
-
-def test_layers_that_store_differently(tmp_path):
-    layer = weight(zero=8)
-    tensors = {**gptq_tensors(NAME, layer, V1), **gptq_tensors("model.layers.1.mlp.up_proj", layer, V2)}
-    path = save(tmp_path / "m", quantization_config(layer, V1, sym=True, checkpoint_format=...), tensors)
-    with pytest.raises(BadInput, match=r"layers\.1\.mlp\.up_proj\.qzeros"):
-        read(path)
 
 
 # --- settings -----------------------------------------------------------------------------------------------------
@@ -324,8 +192,8 @@ def test_layers_with_other_group_sizes(tmp_path, varying, group, columns, storag
     layer, other = weight(), weight(columns=columns, group=group, seed=1)
     tensors = {**gptq_tensors(NAME, layer, storage), **gptq_tensors(OTHER, other, storage)}
     found = read_all(save(tmp_path / "a", quantization_config(layer, storage, **varying), tensors))
-    assert_equal(found[NAME], layer)
-    assert_equal(found[OTHER], other)
+    assert_same_weight(found[NAME], layer)
+    assert_same_weight(found[OTHER], other)
     with pytest.raises(BadInput, match=rf"{OTHER}\.q"):
         read_all(save(tmp_path / "b", quantization_config(layer, storage), tensors))
 
@@ -337,8 +205,8 @@ def test_other_group_sizes_with_act_order(tmp_path, varying):
     layer, other = weight(), weight(columns=128, group=64, order=order)
     tensors = {**gptq_tensors(NAME, layer, V1), **gptq_tensors(OTHER, other, V1)}
     found = read_all(save(tmp_path, quantization_config(layer, V1, desc_act=True, **varying), tensors))
-    assert_equal(found[NAME], layer)
-    assert_equal(found[OTHER], other)
+    assert_same_weight(found[NAME], layer)
+    assert_same_weight(found[OTHER], other)
 
 
 @pytest.mark.parametrize("varying", [{}, *VARYING], ids=lambda v: next(iter(v), "none"))
@@ -347,7 +215,7 @@ def test_dense_layers_among_quantised_ones(tmp_path, varying):
     plain = np.random.default_rng(0).normal(size=(8, 24)).astype(np.float16)
     tensors = {**gptq_tensors(NAME, layer, V1), f"{OTHER}.weight": plain}
     found = read_all(save(tmp_path, quantization_config(layer, V1, **varying), tensors))
-    assert_equal(found[NAME], layer)
+    assert_same_weight(found[NAME], layer)
     assert isinstance(found[OTHER], DenseWeight) and found[OTHER].mask is None
     assert np.array_equal(found[OTHER].values, plain)
 
@@ -395,7 +263,7 @@ def test_two_settings_that_disagree(tmp_path, file):
     config = quantization_config(layer, V1)
     path = save(tmp_path / "m", config, gptq_tensors(NAME, layer, V1))
     (path / file).write_text(json.dumps({**config, "damp_percent": 1}))
-    assert_equal(read(path), layer)
+    assert_same_weight(read(path), layer)
     (path / file).write_text(json.dumps({**config, "group_size": 64}))
     with pytest.raises(BadInput, match="disagree about group_size") as caught:
         read(path)
@@ -454,7 +322,7 @@ def test_act_order_without_group_indices(tmp_path):
     layer = weight()
     tensors = gptq_tensors(NAME, layer, V1)
     del tensors[f"{NAME}.g_idx"]
-    assert_equal(read(save(tmp_path / "m", quantization_config(layer, V1), tensors)), layer)
+    assert_same_weight(read(save(tmp_path / "m", quantization_config(layer, V1), tensors)), layer)
     with pytest.raises(BadInput, match="g_idx"):
         read(save(tmp_path / "m", quantization_config(layer, V1, desc_act=True), tensors))
 
@@ -482,33 +350,3 @@ def test_autoround_file_comes_back_byte_for_byte(shared_dir):
             for tensor, array in gptq_tensors(name, layer, V1).items():
                 stored = folder.read(tensor)
                 assert array.dtype == stored.dtype and np.array_equal(array, stored)
-
-
-@pytest.mark.shared
-def test_autoround_labelled_v2_is_noticed(shared_dir, tmp_path):
-    source = shared_dir / "checkpoints" / "gptq-v1-asym-g64-autoround"
-    config = json.loads((source / "config.json").read_text())
-    config["quantization_config"]["checkpoint_format"] = "gptq_v2"
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
-    with ModelFolder.open(tmp_path) as folder, pytest.raises(BadInput, match="--gptq-zeros"):
-        read_quantization_config(folder)
-
-
-def test_gptqmodel_takes_one_off_whole_words(tmp_path):
-    """z = 0, 15, 8, 8, 8, 8, 8, 8: the 0 borrows from the 15. Read as nibbles, the 15 would be a 14."""
-    layer = weight()
-    points = np.full_like(layer.zero_points, 8)
-    points[0], points[1] = 0, 15
-    layer = replace(layer, zero_points=points)
-    tensors = gptq_tensors(NAME, layer, ZeroPointStorage.V1_WORDS)
-    assert {int(word) & 0xFFFFFFFF for word in tensors[f"{NAME}.qzeros"][:, 0]} == {0x777777DF}
-    config = quantization_config(layer, V1, meta={"quantizer": ["gptqmodel:7.7.0"]})
-    assert_equal(read(save(tmp_path / "gptqmodel", config, tensors)), layer)
-    # AutoGPTQ and SQFT wrap each nibble; without a name that is what a file means.
-    tensors = gptq_tensors(NAME, layer, V1)
-    assert {int(word) & 0xFFFFFFFF for word in tensors[f"{NAME}.qzeros"][:, 0]} == {0x777777EF}
-    plain = save(tmp_path / "plain", quantization_config(layer, V1), tensors)
-    assert_equal(read(plain), layer)
-    other = read(plain, zero_storage=ZeroPointStorage.V1_WORDS)
-    assert other.zero_points[0, 0] == 0 and other.zero_points[1, 0] == 0 and other.zero_points[2, 0] == 9

@@ -132,6 +132,17 @@ def test_shard_that_is_a_link_out_of_the_folder(sharded, tmp_path):
     assert refused(sharded).code == "E_PATH"
 
 
+def test_hard_linked_shard_is_read(sharded, tmp_path):
+    """Unlike a symbolic link, a hard link points nowhere: it is the file itself, and whoever could make it could have
+    copied the bytes. Caches and `cp -l` make them, so refusing them would refuse whole model stores, and inputs are
+    only ever read.
+    """
+    shard = sharded / "model-00002-of-00002.safetensors"
+    os.link(shard, tmp_path / "elsewhere")
+    with ModelFolder.open(sharded) as folder:
+        assert folder.read("model.layers.1.mlp.up_proj.weight").any()
+
+
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
 def test_shard_that_is_no_file(sharded, make):
     shard = sharded / "model-00002-of-00002.safetensors"
@@ -231,10 +242,34 @@ def test_single_file_wins_over_an_index(sharded, tiny, tiny_tensors):
 
 
 def test_no_weights(tiny):
-    (tiny / "model.safetensors").rename(tiny / "model-00001-of-00001.safetensors")
-    assert "model-00001-of-00001.safetensors" in str(refused(tiny))
     refused(tiny / "nothing")
     refused(tiny / "config.json")
+    for name in ("model-00001-of-00002.safetensors", "x-1-of-10.safetensors", "adapter_model.safetensors"):
+        (next(tiny.glob("*.safetensors"))).rename(tiny / name)
+        error = refused(tiny)
+        assert name in str(error) and error.code == "E_MISSING"
+    (tiny / name).unlink()
+    assert "no safetensors file" in str(refused(tiny))
+
+
+@pytest.mark.parametrize("name", ["gptq_model-4bit-128g.safetensors", "model-00001-of-00001.safetensors"])
+def test_the_only_file_may_have_any_name(tiny, tiny_tensors, name):
+    (tiny / "model.safetensors").rename(tiny / name)
+    with ModelFolder.open(tiny) as folder:
+        assert len(folder.warnings) == 1 and name in folder.warnings[0]
+        assert set(folder.names()) == set(tiny_tensors) and name in folder.sha256()
+    (tiny / "pytorch_model.bin").write_bytes(b"")
+    error = refused(tiny)  # which of the two is the model?
+    assert error.code == "E_PICKLE" and f"rename {name}" in error.fix
+    (tiny / "pytorch_model.bin").unlink()
+    (tiny / "other.safetensors").write_bytes((tiny / name).read_bytes())
+    assert refused(tiny).code == "E_MISSING"
+
+
+def test_a_link_of_that_name_stays_in_the_folder(tiny, tmp_path):
+    (tiny / "model.safetensors").rename(tmp_path / "elsewhere")
+    (tiny / "only.safetensors").symlink_to(tmp_path / "elsewhere")
+    assert refused(tiny).code == "E_PATH"
 
 
 def reopened(tiny, save_folder, config, tensors) -> ModelFolder:
@@ -314,6 +349,17 @@ def test_layer_ten_comes_after_layer_two(tiny, save_folder, tiny_config):
     tensors = {f"model.layers.{i}.mlp.up_proj.weight": np.zeros((8, 8), np.float16) for i in (10, 2, 0)}
     with reopened(tiny, save_folder, tiny_config, tensors) as folder:
         assert [name.split(".")[2] for name in folder.names()] == ["0", "2", "10"]
+
+
+@pytest.mark.parametrize("digits", [19, 5000])
+def test_number_of_thousands_of_digits_in_a_name(tiny, save_folder, tiny_config, tiny_tensors, digits):
+    """Python itself refuses to read such a number."""
+    tiny_tensors[f"model.layers.{'9' * digits}.mlp.up_proj.weight"] = np.zeros((8, 8), np.float16)
+    with reopened(tiny, save_folder, tiny_config, tiny_tensors) as folder:
+        assert folder.names()[-1] == "model.norm.weight"
+        with pytest.raises(BadInput, match="beyond the config's number of layers") as caught:
+            folder.check_layers()
+        assert caught.value.code == "E_LAYERS"
 
 
 def test_folder_without_layers_or_embedding(tiny, save_folder, tiny_config):

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparseport.checkpoints.module_targets import compiled, first_match, names
-from sparseport.errors import Unsupported
+from sparseport.checkpoints.module_targets import Targets, compiled
+from sparseport.errors import BadInput, Unsupported
 
 MODULES = [
     "lm_head",
@@ -47,6 +47,14 @@ REAL = [
 ]
 
 
+def first_match(module, groups):
+    return Targets(groups, class_name="Linear").of(module)
+
+
+def names(target, module):
+    return first_match(module, [([target], True)]) is True
+
+
 @pytest.mark.parametrize("pattern", REAL)
 def test_patterns_of_real_configs_match_as_in_python(pattern):
     results = [compiled(pattern).match(module) for module in MODULES]
@@ -80,14 +88,14 @@ def test_a_name_and_a_pattern_and_a_class():
     ],
 )
 def test_the_more_specific_target_wins(groups, value):
-    assert first_match("m.q_proj", groups, "Linear") == value
+    assert first_match("m.q_proj", groups) == value
 
 
 def test_a_name_wins_wherever_it_stands_in_the_alphabet():
     groups = [(["re:.*q_proj"], 1), (["transformer.q_proj"], 2), (["Linear"], 3)]
-    assert first_match("transformer.q_proj", groups, "Linear") == 2
-    assert first_match("model.q_proj", groups, "Linear") == 1
-    assert first_match("model.v_proj", groups, "Linear") == 3
+    assert first_match("transformer.q_proj", groups) == 2
+    assert first_match("model.q_proj", groups) == 1
+    assert first_match("model.v_proj", groups) == 3
 
 
 @pytest.mark.parametrize(
@@ -239,8 +247,50 @@ def test_whatever_is_accepted_is_quick_on_a_long_name(data):
 def test_a_name_of_any_length_is_compared_but_not_searched():
     long = "model." + "x" * 300
     assert names(long, long)
-    assert first_match(long, [([long], 1)], "Linear") == 1
-    assert first_match(long, [(["Linear"], 1)], "Linear") == 1
+    assert first_match(long, [([long], 1)]) == 1
+    assert first_match(long, [(["Linear"], 1)]) == 1
     with pytest.raises(Unsupported, match="too long") as caught:
         names("re:.*", long)
-    assert caught.value.code == "E_PATTERN" and len(str(caught.value)) < 300
+    assert caught.value.code == "E_PATTERN" and caught.value.fix and len(str(caught.value)) < 400
+    assert first_match(long, [([long, "re:.*"], 1)]) == 1
+
+
+# --- many targets ----------------------------------------------------------------------------------------------------
+
+
+def test_targets_are_sorted_once_and_answers_are_kept(monkeypatch):
+    """Thousands of targets took a minute when each layer sorted them anew."""
+    tried = []
+    monkeypatch.setattr("sparseport.checkpoints.module_targets._ends", lambda *given: tried.append(given) or 0)
+    layers = [f"model.layers.{number}.mlp.up_proj" for number in range(8000)]
+    targets = Targets(
+        [(layers, 1), ([f"re:.*{number}" for number in range(1000)], 2), (["Linear"], 3)], class_name="Linear"
+    )
+    start = time.perf_counter()
+    assert {targets.of(layer) for layer in layers} == {1} and tried == []
+    assert time.perf_counter() - start < 0.5
+    assert targets.of("other") == targets.of("other") == 3
+    assert len(tried) == 1000
+
+
+@pytest.mark.parametrize(
+    ("groups", "what"),
+    [
+        ([([str(n) for n in range(10_001)], 1)], "targets"),
+        ([(["Linear"] * 6000, 1), (["Linear"] * 6000, 2)], "targets"),
+        ([([f"re:a{n}" for n in range(1001)], 1)], "patterns"),
+        ([([f"re:a{n}" for n in range(501)], 1), ([f"re:b{n}" for n in range(501)], 1)], "patterns"),
+    ],
+)
+def test_too_many_targets(groups, what):
+    with pytest.raises(BadInput, match=f"too many {what}") as caught:
+        Targets(groups, class_name="Linear", where="config.json")
+    assert caught.value.code == "E_LIMIT" and caught.value.fix and caught.value.where == "config.json"
+
+
+def test_a_thousand_hostile_patterns_on_a_long_name():
+    patterns = [f"re:{'.*a' * 90}{number}" for number in range(1000)]
+    targets = Targets([(patterns, 1)], class_name="Linear")
+    start = time.perf_counter()
+    assert targets.of("ab" * 149) is None
+    assert time.perf_counter() - start < 5

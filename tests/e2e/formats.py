@@ -1,17 +1,31 @@
-"""The tables of docs/formats.md: one line per format, writer and version, made from what the tests found.
+"""The tables of docs/formats.md: one line per format, made from what the tests found.
 
-Each test compares its line with the one in the document, so the document cannot say what no test showed. With
-SPARSEPORT_WRITE_FORMATS=1 in the environment the lines are written instead (`make formats`).
+A test names its lines beforehand with `shown` or `refused`, and hands each over with `settle`, which compares it with
+the one in the document. A test that does not settle exactly the lines it named fails; so does `test_formats.py` where
+the document has a line that no test names, or lacks one. With SPARSEPORT_WRITE_FORMATS=1 in the environment the lines
+are written instead, and those that no test names are dropped (`make formats`).
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "formats.md"
 WRITE = os.environ.get("SPARSEPORT_WRITE_FORMATS") == "1"
+VERIFIED = "0 differences, logits agree"
+
+Test = Callable[..., None]
+# Table -> format -> the test that names it. Filled when a test module is imported, whichever of its tests then run.
+_named: dict[str, dict[str, str]] = {"read": {}, "refused": {}}
+_settled: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -24,11 +38,7 @@ class Line:
     read: str
     exact: str
     exported: str
-    verified: str
-
-    @property
-    def key(self) -> tuple[str, ...]:
-        return self.format, self.writer, self.version
+    verified: str = VERIFIED
 
 
 @dataclass(frozen=True)
@@ -40,34 +50,89 @@ class Refusal:
     message: str
     way_out: str
 
-    @property
-    def key(self) -> tuple[str, ...]:
-        return (self.format,)
+
+def shown(*formats: str, **cases: Mapping[str, str]) -> Callable[[Test], Test]:
+    """Mark a test that settles a `Line` for each of `formats`.
+
+    cases  name of a parameter -> value of the parameter -> format: the test runs for each value, and settles the one
+           line that belongs to it
+    """
+    return _naming("read", formats, cases)
+
+
+def refused(*formats: str, **cases: Mapping[str, str]) -> Callable[[Test], Test]:
+    """Mark a test that settles a `Refusal` for each of `formats`; see `shown`."""
+    return _naming("refused", formats, cases)
 
 
 def settle(line: Line | Refusal) -> None:
     """Compare a line with the document, or write it there."""
+    table = "refused" if isinstance(line, Refusal) else "read"
+    assert line.format in _named[table], f"name the line {line.format!r} with the mark of its test"
+    _settled.add(line.format)
     lines = DOCUMENT.read_text(encoding="utf-8").splitlines()
     text = _row(astuple(line))
-    at = [number for number, found in enumerate(lines) if found.startswith(_row(line.key))]
+    start, end = _bounds(lines, table)
+    at = [number for number in range(start, end) if lines[number].startswith(_row((line.format,)))]
     if not WRITE:
-        assert at, f"docs/formats.md has no line for {line.key}: `make formats` writes it"
-        assert lines[at[0]] == text, "docs/formats.md is out of date: `make formats` writes it anew"
+        assert at, f"docs/formats.md has no line for {line.format}: `make formats` writes it"
+        assert lines[at[0]] == text, f"docs/formats.md is out of date (`make formats`): it should have\n{text}"
         return
-    for number in reversed(at):
-        del lines[number]
-    section = "refused" if isinstance(line, Refusal) else "read"
-    start, end = (lines.index(f"<!-- {mark} of {section} -->") for mark in ("begin", "end"))
-    rows = sorted([*lines[start + 3 : end], text], key=str.casefold)
-    lines[start + 3 : end] = rows
+    kept = [lines[number] for number in range(start, end) if number not in at]
+    lines[start:end] = sorted([*kept, text], key=str.casefold)
     DOCUMENT.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def documented(section: str) -> list[tuple[str, ...]]:
+def documented(table: str) -> list[tuple[str, ...]]:
     """The cells of every line of a table (`read` or `refused`), headings left out."""
     lines = DOCUMENT.read_text(encoding="utf-8").splitlines()
-    start, end = (lines.index(f"<!-- {mark} of {section} -->") for mark in ("begin", "end"))
-    return [tuple(cell.strip() for cell in text.strip().strip("|").split("|")) for text in lines[start + 3 : end]]
+    start, end = _bounds(lines, table)
+    return [tuple(cell.strip() for cell in text.strip().strip("|").split("|")) for text in lines[start:end]]
+
+
+def named(table: str) -> set[str]:
+    """The formats of a table that tests name, in all modules beside this one: also in those that do not run now."""
+    for module in sorted(Path(__file__).parent.glob("test_formats*.py")):
+        importlib.import_module(f"e2e.{module.stem}")
+    return set(_named[table])
+
+
+def drop_unnamed() -> None:
+    """Remove the lines that no test names from the document."""
+    lines = DOCUMENT.read_text(encoding="utf-8").splitlines()
+    for table in _named:
+        start, end = _bounds(lines, table)
+        kept = tuple(_row((name,)) for name in named(table))
+        lines[start:end] = [text for text in lines[start:end] if text.startswith(kept)]
+    DOCUMENT.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _naming(table: str, formats: tuple[str, ...], cases: Mapping[str, Mapping[str, str]]) -> Callable[[Test], Test]:
+    def mark(test: Test) -> Test:
+        # pytest and `named` may import a module twice under two names; the same test may name its lines again.
+        who = f"{Path(test.__code__.co_filename).name}::{test.__name__}"
+        for name in (*formats, *(name for values in cases.values() for name in values.values())):
+            other = _named[table].setdefault(name, who)
+            assert other == who, f"{who} and {other} both name the line {name!r}"
+
+        @functools.wraps(test)
+        def run(*args: Any, **kwargs: Any) -> None:
+            expected = {*formats, *(values[kwargs[parameter]] for parameter, values in cases.items())}
+            _settled.clear()
+            test(*args, **kwargs)
+            assert _settled == expected, f"{who} names {sorted(expected)} and settles {sorted(_settled)}"
+
+        marked: Test = run
+        for parameter, values in cases.items():
+            marked = pytest.mark.parametrize(parameter, sorted(values))(marked)
+        return marked
+
+    return mark
+
+
+def _bounds(lines: list[str], table: str) -> tuple[int, int]:
+    """Where the lines of a table begin and end, headings left out."""
+    return lines.index(f"<!-- begin of {table} -->") + 3, lines.index(f"<!-- end of {table} -->")
 
 
 def _row(cells: tuple[str, ...]) -> str:

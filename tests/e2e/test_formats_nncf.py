@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from e2e.formats import Line, settle
+from e2e.formats import Line, settle, shown
 from e2e.in_process import in_process
 from nncf_models import assert_same, nncf_with_strip, set_ranks, stripped_layers, tuned
 from sparseport.checkpoints.folder import ModelFolder
@@ -39,16 +39,24 @@ def _through(tmp_path: Path, **inputs: Any) -> tuple[ExportResult, dict[str, Qua
     return result, {name: weight for name, weight in found.items() if isinstance(weight, QuantizedWeight)}
 
 
-CASES = [
-    ("INT4_ASYM", "FQ_LORA_NLS", "float32"),
-    ("INT4_SYM", "FQ_LORA_NLS", "bfloat16"),
-    ("INT4_ASYM", "FQ_LORA", "bfloat16"),
-    ("INT4_SYM", "FQ_LORA", "float32"),
-]
+CASES = {
+    f"{compression}, {mode}, {dtype}": (mode, compression, dtype)
+    for mode, compression, dtype in (
+        ("INT4_ASYM", "FQ_LORA_NLS", "float32"),
+        ("INT4_SYM", "FQ_LORA_NLS", "bfloat16"),
+        ("INT4_ASYM", "FQ_LORA", "bfloat16"),
+        ("INT4_SYM", "FQ_LORA", "float32"),
+    )
+}
+LINES = {
+    case: f"{compression} checkpoint, {mode}, {dtype} base (`--allow-pickle`)"
+    for case, (mode, compression, dtype) in CASES.items()
+}
 
 
-@pytest.mark.parametrize(("mode", "compression", "dtype"), CASES)
-def test_nncf(nncf: Any, mode: str, compression: str, dtype: str, tiny_base: Path, tmp_path: Path) -> None:
+@shown(case=LINES)
+def test_nncf(nncf: Any, case: str, tiny_base: Path, tmp_path: Path) -> None:
+    mode, compression, dtype = CASES[case]
     output = tmp_path / "tuning"
     model = tuned(nncf, tiny_base, output / "last", mode=mode, compression=compression, dtype=dtype)
     inputs: dict[str, Any] = {"base": tiny_base, "adapter": output, "nncf_base_dtype": dtype}
@@ -66,13 +74,12 @@ def test_nncf(nncf: Any, mode: str, compression: str, dtype: str, tiny_base: Pat
     stored = sorted({facts["stored"] for facts in result.certificate.linears.values()})
     settle(
         Line(
-            f"{compression} checkpoint, {mode}, {dtype} base (`--allow-pickle`)",
+            LINES[case],
             "nncf",
             nncf.__version__,
             f"{len(want)} layers, embedding and head among them",
             "codes, zero-points, scales: equal to nncf.strip",
             ", ".join(stored),
-            "0 differences, logits agree",
         )
     )
 
@@ -113,4 +120,13 @@ def test_ranks_must_come_from_somewhere(nncf: Any, tiny_base: Path, tmp_path: Pa
         _through(tmp_path, base=tiny_base, adapter=tmp_path, allow_pickle=False)
     found = inspect(tmp_path, allow_pickle=True)
     assert found.kind == "adapter" and "NNCF" in found.title
-    assert f"--adapter {tmp_path} --allow-pickle" in found.next[0]
+    assert any("largest ranks" in line and "--sub-adapter FILE" in line for line in found.warnings)
+    assert any(line.startswith("the dtype that the base had decides the codes") for line in found.warnings)
+    [command] = found.next
+    assert f"--base BASE --nncf-base-dtype DTYPE --adapter {tmp_path} --allow-pickle" in command
+    for rank, commands in ((6, 2), (9, 1)):  # nine was not trained
+        ranks = {"finetuning_results": {"best_heuristic_rank_config": [6, rank]}}
+        (tmp_path / "result.json").write_text(json.dumps(ranks))
+        found = inspect(tmp_path, allow_pickle=True)
+        assert len(found.next) == commands and not any("largest ranks" in line for line in found.warnings)
+        assert any("rank was not trained" in line for line in found.warnings) == (rank == 9)

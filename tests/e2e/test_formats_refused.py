@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dialects import quantised_llama
-from e2e.formats import Refusal, settle
+from e2e.formats import Refusal, refused, settle
 from sparseport.errors import FidelityError, SparseportError, Unsupported
 from sparseport.pipeline import plan
 from sparseport.plan import require_exportable
@@ -57,7 +57,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@refused(method={method: method for method in METHODS})
 def test_other_quantisation_methods(method: str, tiny_base: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_base, tmp_path / "base")
     file = tmp_path / "base" / "config.json"
@@ -66,32 +66,34 @@ def test_other_quantisation_methods(method: str, tiny_base: Path, tmp_path: Path
     _refuse(method, _refusal(base=tmp_path / "base"))
 
 
-@pytest.mark.parametrize(
-    ("name", "dialect", "settings"),
-    [
-        ("GPTQ, 8 bits", "gptq-v1", {"bits": 8}),
-        ("GPTQ, 3 bits", "gptq-v1", {"bits": 3}),
-        ("GPTQ for Marlin", "gptq-v1", {"checkpoint_format": "marlin"}),
-        ("AWQ, version marlin", "awq-gemm", {"version": "marlin"}),
-        ("AWQ, version gemv_fast", "awq-gemm", {"version": "gemv_fast"}),
-        ("AWQ, 8 bits", "awq-gemm", {"bits": 8}),
-        ("AutoRound, fp8", "auto-round-gptq", {"packing_format": "auto_round:fp8_static", "data_type": "fp"}),
-        ("AutoRound, MLX packing", "auto-round-gptq", {"packing_format": "mlx"}),
-        ("AutoRound, quantised activations", "auto-round-gptq", {"act_bits": 8}),
-        ("compressed-tensors, KV cache scheme", "ct-pack-asym", {"kv_cache_scheme": {"num_bits": 8, "type": "float"}}),
-        ("compressed-tensors, transforms", "ct-pack-asym", {"transform_config": {"config_groups": {"R1": {}}}}),
-        ("compressed-tensors, other sparsity format", "ct-pack-asym", {"sparsity_config": {"format": "marlin-24"}}),
-    ],
-)
-def test_other_layouts(name: str, dialect: str, settings: Config, tiny_base: Path, tmp_path: Path) -> None:
+LAYOUTS: dict[str, tuple[str, Config]] = {
+    "GPTQ, 8 bits": ("gptq-v1", {"bits": 8}),
+    "GPTQ, 3 bits": ("gptq-v1", {"bits": 3}),
+    "GPTQ for Marlin": ("gptq-v1", {"checkpoint_format": "marlin"}),
+    "AWQ, version marlin": ("awq-gemm", {"version": "marlin"}),
+    "AWQ, version gemv_fast": ("awq-gemm", {"version": "gemv_fast"}),
+    "AWQ, 8 bits": ("awq-gemm", {"bits": 8}),
+    "AutoRound, fp8": ("auto-round-gptq", {"packing_format": "auto_round:fp8_static", "data_type": "fp"}),
+    "AutoRound, MLX packing": ("auto-round-gptq", {"packing_format": "mlx"}),
+    "AutoRound, quantised activations": ("auto-round-gptq", {"act_bits": 8}),
+    "compressed-tensors, KV cache scheme": ("ct-pack-asym", {"kv_cache_scheme": {"num_bits": 8, "type": "float"}}),
+    "compressed-tensors, transforms": ("ct-pack-asym", {"transform_config": {"config_groups": {"R1": {}}}}),
+    "compressed-tensors, other sparsity format": ("ct-pack-asym", {"sparsity_config": {"format": "marlin-24"}}),
+}
+
+
+@refused(name={name: name for name in LAYOUTS})
+def test_other_layouts(name: str, tiny_base: Path, tmp_path: Path) -> None:
+    dialect, settings = LAYOUTS[name]
     quantised_llama(tiny_base, tmp_path / "base", dialect)
     _with_settings(tmp_path / "base", **settings)
     _refuse(name, _refusal(base=tmp_path / "base"))
 
 
-@pytest.mark.parametrize(
-    "form", ["marlin-24", "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized"]
-)
+FORMS = ("marlin-24", "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized")
+
+
+@refused(form={form: f"compressed-tensors {form}" for form in FORMS})
 def test_other_compressed_tensors_formats(form: str, tiny_base: Path, tmp_path: Path) -> None:
     quantised_llama(tiny_base, tmp_path / "base", "ct-pack-asym")
     file = tmp_path / "base" / "config.json"
@@ -102,21 +104,22 @@ def test_other_compressed_tensors_formats(form: str, tiny_base: Path, tmp_path: 
     _refuse(f"compressed-tensors {form}", _refusal(base=tmp_path / "base"))
 
 
-@pytest.mark.parametrize(
-    ("name", "weights"),
-    [
-        ("8 bits", {"num_bits": 8}),
-        ("floating-point weights", {"type": "float"}),
-        ("strategy tensor", {"strategy": "tensor", "group_size": None}),
-        ("strategy block", {"strategy": "block", "group_size": None}),
-    ],
-)
-def test_other_compressed_tensors_weights(name: str, weights: Config, tiny_base: Path, tmp_path: Path) -> None:
+WEIGHTS: dict[str, Config] = {
+    "8 bits": {"num_bits": 8},
+    "floating-point weights": {"type": "float"},
+    "strategy tensor": {"strategy": "tensor", "group_size": None},
+    "strategy block": {"strategy": "block", "group_size": None},
+}
+
+
+@refused(name={name: f"compressed-tensors pack-quantized, {name}" for name in WEIGHTS})
+def test_other_compressed_tensors_weights(name: str, tiny_base: Path, tmp_path: Path) -> None:
     quantised_llama(tiny_base, tmp_path / "base", "ct-pack-asym")
-    _change_weights(tmp_path / "base", **weights)
+    _change_weights(tmp_path / "base", **WEIGHTS[name])
     _refuse(f"compressed-tensors pack-quantized, {name}", _refusal(base=tmp_path / "base"))
 
 
+@refused("compressed-tensors, quantised activations (W4A8)")
 def test_quantised_activations(tiny_base: Path, tmp_path: Path) -> None:
     quantised_llama(tiny_base, tmp_path / "base", "ct-pack-asym")
     file = tmp_path / "base" / "config.json"
@@ -126,20 +129,20 @@ def test_quantised_activations(tiny_base: Path, tmp_path: Path) -> None:
     _refuse("compressed-tensors, quantised activations (W4A8)", _refusal(base=tmp_path / "base"))
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("DoRA", {"use_dora": True}),
-        ("trained biases", {"bias": "lora_only"}),
-        ("whole modules beside LoRA", {"modules_to_save": ["lm_head"]}),
-        ("PiSSA initialisation", {"init_lora_weights": "pissa"}),
-        ("weights stored [in, out]", {"fan_in_fan_out": True}),
-    ],
-)
-def test_adapter_options(name: str, options: Config, tiny_base: Path, tiny_adapter: Path, tmp_path: Path) -> None:
+OPTIONS: dict[str, Config] = {
+    "DoRA": {"use_dora": True},
+    "trained biases": {"bias": "lora_only"},
+    "whole modules beside LoRA": {"modules_to_save": ["lm_head"]},
+    "PiSSA initialisation": {"init_lora_weights": "pissa"},
+    "weights stored [in, out]": {"fan_in_fan_out": True},
+}
+
+
+@refused(name={name: f"PEFT adapter, {name}" for name in OPTIONS})
+def test_adapter_options(name: str, tiny_base: Path, tiny_adapter: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_adapter, tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **options}))
+    file.write_text(json.dumps({**json.loads(file.read_text()), **OPTIONS[name]}))
     _refuse(f"PEFT adapter, {name}", _refusal(base=tiny_base, adapter=tmp_path / "adapter"))
 
 
@@ -151,16 +154,19 @@ def _dense_adapter(adapter: Path, out: Path) -> Path:
     return out
 
 
+@refused("Shears: dense adapter merged into a sparse base")
 def test_dense_adapter_on_a_sparse_base(tiny_sparse: Path, tiny_adapter: Path, tmp_path: Path) -> None:
     adapter = _dense_adapter(tiny_adapter, tmp_path / "adapter")
     _refuse("Shears: dense adapter merged into a sparse base", _refusal(base=tiny_sparse, adapter=adapter))
 
 
+@refused("SQFT: floating-point adapter merged into an INT4 base")
 def test_dense_adapter_on_an_int4_base(tiny_int4: Path, tiny_adapter: Path, tmp_path: Path) -> None:
     adapter = _dense_adapter(tiny_adapter, tmp_path / "adapter")
     _refuse("SQFT: floating-point adapter merged into an INT4 base", _refusal(base=tiny_int4, adapter=adapter))
 
 
+@refused("LoNAS sub-network with narrower layers")
 def test_narrower_layers(tiny_base: Path, tiny_adapter: Path, tmp_path: Path) -> None:
     adapter = _dense_adapter(tiny_adapter, tmp_path / "adapter")
     (adapter / "elastic_adapter_config.json").unlink()

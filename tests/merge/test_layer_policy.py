@@ -25,7 +25,7 @@ BRANCH = LowRankBranch(A.astype(np.float32), B.astype(np.float32), 0.5)
 
 @pytest.fixture
 def int4():
-    return quantize_rtn(VALUES, SPARSE.mask, group_size=16).with_mask(None)
+    return replace(quantize_rtn(VALUES, SPARSE.mask, group_size=16), mask=None)
 
 
 @pytest.fixture(params=["natural", "act-order"])

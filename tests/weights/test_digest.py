@@ -88,7 +88,7 @@ def test_memory_layout_and_byte_order_do_not_matter():
 
 
 def test_the_mask_does_not_enter():
-    assert digest(quantized().with_mask(np.ones((2, 4), bool))) == digest(quantized())
+    assert digest(replace(quantized(), mask=np.ones((2, 4), bool))) == digest(quantized())
 
 
 @given(st.data())

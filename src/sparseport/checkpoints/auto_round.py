@@ -43,7 +43,7 @@ def open_auto_round(
     elif packing in _V1 + _V2:
         label = "gptq" if packing in _V1 else "gptq_v2"
         settings = {**plain_settings, "quant_method": "gptq", "checkpoint_format": label}
-        dialect = open_gptq(folder, settings, zero_storage=zero_storage)
+        dialect = open_gptq(folder, settings, where, zero_storage=zero_storage)
     else:
         raise Unsupported(
             f"AutoRound packing {packing!r} is not read",

@@ -41,18 +41,27 @@ class Awq:
     """The dialect of an AWQ folder; open it with `open_awq`."""
 
     def __init__(
-        self, folder: ModelFolder, version: Version, group_size: int | None, symmetric: bool, writer: str
+        self,
+        folder: ModelFolder,
+        version: Version,
+        group_size: int | None,
+        symmetric: bool,
+        *,
+        signed_scales: bool = False,
+        writer: str = "",
     ) -> None:
         """Take an open folder.
 
-        version     which kernel the words are laid out for
-        group_size  of every layer, -1 for one group per row; None where layers differ (it then follows from the shapes)
-        symmetric   whether the config says that there are no zero-points; all stored ones must then be 8
+        version        which kernel the words are laid out for
+        group_size     of every layer, -1 for one group per row; None where layers differ (the shapes then tell)
+        symmetric      whether the config says that there are no zero-points; all stored ones must then be 8
+        signed_scales  the writer's scales may be negative
         """
         self._folder = folder
         self._version = version
         self._group_size = group_size
         self._symmetric = symmetric
+        self._signed_scales = signed_scales
         self.name = f"AWQ {version}"
         self.writer = writer
 
@@ -133,8 +142,7 @@ class Awq:
             zero_points=np.ascontiguousarray(zero_points),
             group_size=form.group_size,
         )
-        signed = scales_may_be_negative(folder.config.get("quantization_config", {}))
-        return weight.check(f"{folder.path}, tensor {module}.scales", signed_scales=signed)
+        return weight.check(f"{folder.path}, tensor {module}.scales", signed_scales=self._signed_scales)
 
     def _check_filling(self, module: str, zero_points: U8, scales: Array) -> None:
         if zero_points.any() or scales.any():
@@ -147,7 +155,10 @@ class Awq:
 
 
 def open_awq(folder: ModelFolder, raw: Mapping[str, Any], where: str) -> Awq:
-    """The dialect of a folder whose quantization_config says `awq`.
+    """The dialect of a folder with AWQ words.
+
+    raw    the settings under AWQ's names, as `quantization_settings` has checked them
+    where  the file that they stand in, for messages
 
     Raises:
         BadInput: the config is damaged.
@@ -196,4 +207,11 @@ def open_awq(folder: ModelFolder, raw: Mapping[str, Any], where: str) -> Awq:
             fix="save the model with version gemm",
             code="E_QUANT_CONFIG",
         )
-    return Awq(folder, version, None if varying else group_size, not zero_point, writer_of(raw))
+    return Awq(
+        folder,
+        version,
+        None if varying else group_size,
+        not zero_point,
+        signed_scales=scales_may_be_negative(raw),
+        writer=writer_of(raw),
+    )

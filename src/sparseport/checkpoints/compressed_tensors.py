@@ -30,8 +30,8 @@ from sparseport.checkpoints.dialect import (
     read_part,
 )
 from sparseport.checkpoints.folder import ModelFolder
-from sparseport.checkpoints.module_targets import compiled, first_match
-from sparseport.checkpoints.writer_of import scales_may_be_negative
+from sparseport.checkpoints.module_targets import Targets
+from sparseport.checkpoints.writer_of import scales_may_be_negative, writer_of
 from sparseport.errors import BadInput, Unsupported
 from sparseport.weights.linear import U8, QuantizedWeight
 from sparseport.weights.packing import unpack_row_words
@@ -39,6 +39,16 @@ from sparseport.weights.packing import unpack_row_words
 _OFFSET = 8  # codes and zero-points are stored as signed value + 2**(bits - 1)
 _WORDS = 8  # 4-bit values in an int32
 _PACKED = "pack-quantized"
+# compressed-tensors folds case, and takes true and false for group and none.
+_ACT_ORDERS = {
+    None: False,
+    False: False,
+    "weight": False,
+    "static": False,
+    True: True,
+    "group": True,
+    "dynamic": True,
+}
 
 
 @dataclass(frozen=True)
@@ -56,14 +66,25 @@ class Scheme:
 
 
 class PackQuantized:
-    """The dialect of a pack-quantized folder; open it with `read_schemes` first."""
+    """The dialect of a pack-quantized folder."""
 
     name = "compressed-tensors pack-quantized"
 
-    def __init__(self, folder: ModelFolder, schemes: tuple[Scheme, ...], writer: str) -> None:
+    def __init__(self, folder: ModelFolder, raw: Mapping[str, Any], where: str) -> None:
+        """Take an open folder and its settings.
+
+        raw    the quantization_config
+        where  the file that it stands in, for messages
+
+        Raises:
+            BadInput, Unsupported: as `read_schemes` and `Targets`.
+        """
         self._folder = folder
-        self._schemes = schemes
-        self.writer = writer
+        self._schemes = Targets(
+            [(scheme.targets, scheme) for scheme in read_schemes(raw, where)], class_name="Linear", where=where
+        )
+        self._signed_scales = scales_may_be_negative(raw)
+        self.writer = writer_of(raw)
 
     def holds(self, module: str) -> bool:
         return self._folder.has(f"{module}.weight_packed")
@@ -119,11 +140,10 @@ class PackQuantized:
             group_size=form.group_size,
             input_order=order,
         )
-        signed = scales_may_be_negative(folder.config.get("quantization_config") or {})
-        return weight.check(f"{folder.path}, tensor {module}.weight_scale", signed_scales=signed)
+        return weight.check(f"{folder.path}, tensor {module}.weight_scale", signed_scales=self._signed_scales)
 
     def _scheme_of(self, module: str) -> Scheme:
-        found = first_match(module, tuple((scheme.targets, scheme) for scheme in self._schemes), "Linear")
+        found = self._schemes.of(module)
         if found is None:
             raise BadInput(
                 "layer is stored packed, but no config group targets it",
@@ -215,24 +235,6 @@ def read_schemes(raw: Mapping[str, Any], where: str) -> tuple[Scheme, ...]:
     return tuple(_scheme(name, group, raw.get("format"), where) for name, group in groups.items())
 
 
-def refuse_transforms(raw: Mapping[str, Any], where: str) -> None:
-    """Refuse settings of compressed-tensors that change more than how a weight is stored.
-
-    Raises:
-        Unsupported: names the setting.
-    """
-    for key in ("kv_cache_scheme", "transform_config"):
-        if raw.get(key) not in (None, {}):
-            raise Unsupported(
-                f"compressed-tensors option {key} changes what the model computes",
-                where=where,
-                expected="it unset",
-                found=repr(raw[key])[:80],
-                fix="compress the model without it",
-                code="E_QUANT_CONFIG",
-            )
-
-
 def _scheme(name: str, group: Any, outer_format: Any, where: str) -> Scheme:
     if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
         raise BadInput(f"config group {name} has no weights", where=where, fix=RESTORE, code="E_QUANT_CONFIG")
@@ -267,18 +269,44 @@ def _scheme(name: str, group: Any, outer_format: Any, where: str) -> Scheme:
             fix=ONLY_4_BITS,
             code="E_BITS",
         )
-    act_order = weights.get("actorder") in ("group", "dynamic", True)
-    return Scheme(_targets(name, group, where), _group_size(weights, where), _symmetric(weights, where), act_order)
+    if weights.get("dynamic") not in (None, False):
+        raise Unsupported(
+            f"config group {name} quantises weights while the model runs",
+            where=where,
+            expected="dynamic false",
+            found=repr(weights["dynamic"])[:40],
+            fix="use a weight-only scheme such as W4A16",
+            code="E_QUANT_CONFIG",
+        )
+    return Scheme(
+        _targets(name, group, where),
+        _group_size(weights, where),
+        _symmetric(weights, where),
+        _act_order(weights, where),
+    )
 
 
 def _targets(name: str, group: Mapping[str, Any], where: str) -> tuple[str, ...]:
     targets = group.get("targets")
     if not isinstance(targets, list) or not targets or not all(isinstance(t, str) and t for t in targets):
         raise BadInput(f"config group {name} names no targets", where=where, fix=RESTORE, code="E_QUANT_CONFIG")
-    for target in targets:
-        if target.startswith("re:"):
-            compiled(target[3:], where)
     return tuple(targets)
+
+
+def _act_order(weights: Mapping[str, Any], where: str) -> bool:
+    """Whether columns are in groups by `weight_g_idx`. `weight` order (alias `static`) leaves neighbours together."""
+    value = weights.get("actorder")
+    folded = value.casefold() if isinstance(value, str) else value
+    if not (folded is None or isinstance(folded, (bool, str))) or folded not in _ACT_ORDERS:
+        raise Unsupported(
+            f"actorder {repr(value)[:40]} is not read",
+            where=where,
+            expected="group, weight, static, dynamic, true, false or null",
+            found=repr(value)[:40],
+            fix="quantise again with actorder weight or group",
+            code="E_QUANT_CONFIG",
+        )
+    return _ACT_ORDERS[folded]
 
 
 def _group_size(weights: Mapping[str, Any], where: str) -> int | None:

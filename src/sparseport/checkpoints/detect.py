@@ -7,40 +7,17 @@ from typing import Any
 from sparseport.checkpoints.auto_round import open_auto_round
 from sparseport.checkpoints.awq import open_awq
 from sparseport.checkpoints.bitmask import Bitmask
-from sparseport.checkpoints.compressed_tensors import PackQuantized, read_schemes, refuse_transforms
+from sparseport.checkpoints.compressed_tensors import PackQuantized
 from sparseport.checkpoints.dialect import DAMAGED, RESTORE, Dialect, StoredLinears
-from sparseport.checkpoints.folder import ModelFolder
+from sparseport.checkpoints.folder import EMBEDDINGS, POSITIONS, ModelFolder
 from sparseport.checkpoints.gptq import Gptq, open_gptq
-from sparseport.checkpoints.separate_settings import check_separate
+from sparseport.checkpoints.leaves import PACKED, PARTS
+from sparseport.checkpoints.quantization_settings import QuantizationSettings, quantization_settings
 from sparseport.checkpoints.writer_of import writer_of
 from sparseport.errors import BadInput, Unsupported
 from sparseport.weights.packing import ZeroPointStorage
 
-METHODS = ("gptq", "awq", "auto-round", "compressed-tensors")
 _BITMASKS = ("sparse-bitmask", "sparse-24-bitmask")
-# What leaf of a packed layer belongs to which method, so that a folder whose config lost its settings is refused.
-_PACKED_LEAVES = {"qweight": "gptq or awq", "weight_packed": "compressed-tensors", "compressed": "compressed-tensors"}
-# Leaves that make sense only as parts of a packed layer.
-_PARTS = (
-    *_PACKED_LEAVES,
-    "qzeros",
-    "scales",
-    "g_idx",
-    "weight_scale",
-    "weight_zero_point",
-    "weight_shape",
-    "weight_g_idx",
-    "bitmask",
-    "row_offsets",
-)
-# AutoRound sets these for every format it exports to; other values change more than how a weight is stored.
-_PLAIN: dict[str, tuple[object, ...]] = {
-    "act_bits": (None, 16, 32),
-    "data_type": (None, "int"),
-    "super_bits": (None,),
-    "rotation_config": (None, {}),
-    "spinquant_config": (None, {}),
-}
 
 
 def open_linears(folder: ModelFolder, *, gptq_zeros: ZeroPointStorage | None = None) -> StoredLinears:
@@ -54,9 +31,9 @@ def open_linears(folder: ModelFolder, *, gptq_zeros: ZeroPointStorage | None = N
         BadInput: config and tensors contradict each other, or a part is missing.
         Unsupported: a quantisation method or layout that cannot be carried exactly.
     """
-    raw = _settings(folder)
-    where = str(folder.path / "config.json")
-    packed = None if raw is None else _open_packed(folder, raw, where, gptq_zeros)
+    _refuse_packed_embedding(folder)
+    settings = quantization_settings(folder)
+    packed = None if settings is None else _open_packed(folder, settings, gptq_zeros)
     if gptq_zeros is not None and not isinstance(packed, Gptq):
         folder.warnings.append("--gptq-zeros has nothing to do: this is no GPTQ folder")
     if packed is None:
@@ -64,7 +41,7 @@ def open_linears(folder: ModelFolder, *, gptq_zeros: ZeroPointStorage | None = N
     elif not any(packed.holds(module) for module in folder.linear_names()):
         raise BadInput(
             f"config.json says {packed.name}, but no layer is stored so",
-            where=where,
+            where=folder.path / "config.json",
             fix="remove quantization_config if the model is not quantised",
             code="E_TENSOR",
         )
@@ -74,72 +51,34 @@ def open_linears(folder: ModelFolder, *, gptq_zeros: ZeroPointStorage | None = N
 
 
 def _open_packed(
-    folder: ModelFolder, raw: dict[str, Any], where: str, gptq_zeros: ZeroPointStorage | None
+    folder: ModelFolder, settings: QuantizationSettings, gptq_zeros: ZeroPointStorage | None
 ) -> Dialect | None:
-    method = raw.get("quant_method")
-    if method not in METHODS:
-        raise Unsupported(
-            f"quantisation method {method!r} is not read",
-            where=where,
-            expected=" or ".join(METHODS),
-            found=method,
-            fix=f"dequantise the model with the tool that made it, or quantise it as {' or '.join(METHODS)}",
-            code="E_QUANT_METHOD",
-        )
-    check_separate(folder, raw)
-    for key, plain in _PLAIN.items():
-        if raw.get(key) not in plain:
-            raise Unsupported(
-                f"quantisation option {key} changes what the model computes",
-                where=where,
-                expected=str(plain[-1]),
-                found=repr(raw[key])[:80],
-                fix="quantise the weights only, as int4 (scheme W4A16)",
-                code="E_QUANT_CONFIG",
-            )
-    if method == "gptq":
-        return open_gptq(folder, zero_storage=gptq_zeros)
-    if method == "awq":
+    raw, where = settings.raw, settings.where
+    if raw["quant_method"] == "gptq":
+        return open_gptq(folder, raw, where, zero_storage=gptq_zeros)
+    if raw["quant_method"] == "awq":
         return open_awq(folder, raw, where)
-    if method == "auto-round":
+    if raw["quant_method"] == "auto-round":
         return open_auto_round(folder, raw, where, zero_storage=gptq_zeros)
     return _open_compressed(folder, raw, where)
 
 
-def _settings(folder: ModelFolder) -> dict[str, Any] | None:
-    """quantization_config, or compressed-tensors' older compression_config; None for a model without either.
-
-    Raises:
-        BadInput: it is no mapping, or both are there and disagree.
-    """
-    found: dict[str, Any] | None = None
-    for key in ("quantization_config", "compression_config"):
-        value = folder.config.get(key)
-        if value is None:
-            continue
-        if not isinstance(value, dict):
-            raise BadInput(
-                f"{key} is no mapping",
-                where=folder.path / "config.json",
-                found=repr(value)[:40],
-                fix=RESTORE,
-                code="E_QUANT_CONFIG",
+def _refuse_packed_embedding(folder: ModelFolder) -> None:
+    for name in folder.names():
+        module, _, leaf = name.rpartition(".")
+        if leaf in PARTS and module.rpartition(".")[2] in EMBEDDINGS + POSITIONS:
+            raise Unsupported(
+                "the embedding is stored packed; only linear layers are read so",
+                where=f"{folder.path}, tensor {name}",
+                expected=f"{module}.weight in floating point",
+                fix="quantise the model again without its embedding",
+                code="E_EMBEDDING",
             )
-        settings = {"quant_method": "compressed-tensors", **value} if key == "compression_config" else value
-        if found is not None and found != settings:
-            raise BadInput(
-                "quantization_config and compression_config disagree",
-                where=folder.path / "config.json",
-                fix="remove the one that the weights were not written with",
-                code="E_QUANT_CONFIG",
-            )
-        found = settings
-    return found
 
 
 def _require_dense(folder: ModelFolder) -> None:
     for module in folder.linear_names():
-        for leaf, method in _PACKED_LEAVES.items():
+        for leaf, method in PACKED.items():
             if folder.has(f"{module}.{leaf}"):
                 raise BadInput(
                     "layer is stored packed, but config.json does not say how",
@@ -163,14 +102,14 @@ def _check_leftovers(linears: StoredLinears) -> None:
         module, _, leaf = name.rpartition(".")
         if name in taken or leaf == "bias":
             continue
-        if packed is not None and packed.holds(module) and leaf not in ("weight", *_PARTS):
+        if packed is not None and packed.holds(module) and leaf not in ("weight", *PARTS):
             raise Unsupported(
                 f"layer has a tensor that {packed.name} does not know",
                 where=f"{folder.path}, tensor {name}",
                 fix="quantise the weights only, without rotations or adapters inside the layer",
                 code="E_TENSOR",
             )
-        if leaf in _PARTS or (packed is not None and packed.holds(module)):
+        if leaf in PARTS or (packed is not None and packed.holds(module)):
             raise BadInput(
                 "tensor belongs to no layer that is stored whole and once",
                 where=f"{folder.path}, tensor {name}",
@@ -181,7 +120,6 @@ def _check_leftovers(linears: StoredLinears) -> None:
 
 def _open_compressed(folder: ModelFolder, raw: dict[str, Any], where: str) -> Dialect | None:
     """None for a model that llm-compressor pruned and saved as plain tensors."""
-    refuse_transforms(raw, where)
     sparsity = raw.get("sparsity_config") or {}
     layout = sparsity.get("format", "dense") if isinstance(sparsity, dict) else sparsity
     if layout in _BITMASKS:
@@ -205,4 +143,4 @@ def _open_compressed(folder: ModelFolder, raw: dict[str, Any], where: str) -> Di
         )
     if not raw.get("config_groups") and isinstance(sparsity, dict) and sparsity:
         return None
-    return PackQuantized(folder, read_schemes(raw, where), writer_of(raw))
+    return PackQuantized(folder, raw, where)

@@ -99,11 +99,11 @@ class DenseDialect:
 
     def format_of(self, module: str) -> LayerFormat:
         info = self._folder.info(f"{module}.weight")
-        if info.stored not in FLOATS or len(info.shape) != 2:
+        if info.stored not in FLOATS or len(info.shape) != 2 or 0 in info.shape:
             raise BadInput(
                 "weight has a dtype or shape that no known writer gives a linear layer",
                 where=f"{self._folder.path}, tensor {module}.weight",
-                expected=f"{' or '.join(FLOATS)} with 2 axes",
+                expected=f"{' or '.join(FLOATS)} with 2 axes, not empty",
                 found=f"{info.stored} {info.shape}",
                 fix="if a tool quantised this folder, its quantization_config is missing from config.json",
                 code="E_SHAPE",

@@ -127,6 +127,9 @@ def choose(space: SearchSpace, choice: str | Path, *, trained: Mapping[str, int]
              objects that name every module of a space without widths
     trained  module -> rank of the adapter's tensors, to check the ranks against
 
+    A sub-adapter that was extracted from its super-adapter may still have the search space beside it. What is maximal
+    then is what its tensors hold, where that is one of the trained ranks.
+
     Raises:
         BadInput: an unknown or forgotten module, a wrong number of sizes, or a size that was not trained; the message
             has the allowed values.
@@ -143,6 +146,8 @@ def choose(space: SearchSpace, choice: str | Path, *, trained: Mapping[str, int]
                 for group in space.groups
             ],
         )
+        if choice == "maximal" and trained is not None:
+            selection = _within(selection, _spaces(space), trained)
         origin = f"sub-adapter {choice}"
     else:
         raise UsageError(
@@ -208,6 +213,15 @@ def _spaces(space: SearchSpace) -> dict[str, tuple[int, ...]]:
     return {module: group.ranks for group in space.groups if group.kind == "rank" for module in group.targets}
 
 
+def _within(selection: Selection, spaces: Mapping[str, tuple[int, ...]], trained: Mapping[str, int]) -> Selection:
+    """The selection with ranks no larger than the tensors, for modules whose tensors have a rank of the space."""
+    ranks = {
+        module: trained[module] if trained.get(module, rank) < rank and trained[module] in spaces[module] else rank
+        for module, rank in selection.ranks.items()
+    }
+    return Selection(ranks, selection.widths)
+
+
 def _check_trained(
     selection: Selection, spaces: Mapping[str, tuple[int, ...]], trained: Mapping[str, int], origin: str
 ) -> None:
@@ -227,6 +241,10 @@ def _check_trained(
                 where=f"{origin}, module {module}",
                 expected=f"one of {allowed}" if allowed else f"at most {trained[module]}",
                 found=rank,
+                fix="the sub-adapter was extracted already: --sub-adapter maximal takes all of it"
+                if trained[module] in spaces[module]
+                else "use the search space saved with the adapter, or remove it from the folder to take all of the "
+                "adapter's tensors",
                 code="E_ELASTIC",
             )
 

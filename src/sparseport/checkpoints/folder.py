@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -11,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from sparseport.checkpoints.json_files import read_json
-from sparseport.checkpoints.layers import check_heads, check_layer_tensors
+from sparseport.checkpoints.layers import DIGITS, check_heads, check_layer_tensors
+from sparseport.checkpoints.leaves import MAIN
 from sparseport.checkpoints.paths import bare_file, file_sha256
 from sparseport.checkpoints.safetensors import SafeTensorsFile, TensorInfo
 from sparseport.checkpoints.shards import Weights, open_weights
@@ -21,7 +21,6 @@ from sparseport.weights.linear import Array
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
 POSITIONS = ("wpe", "embed_positions", "position_embeddings", "token_type_embeddings")
 HEADS = ("lm_head", "embed_out")
-_WEIGHT_LEAVES = ("weight", "qweight", "weight_packed", "compressed")
 # Families whose config class keeps the head apart unless config.json says otherwise.
 _UNTIED_BY_DEFAULT = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "phi", "phi3")
 _COMPANIONS = (
@@ -114,7 +113,7 @@ class ModelFolder:
         found = []
         for name in self.names():
             module, _, leaf = name.rpartition(".")
-            if leaf not in _WEIGHT_LEAVES or (leaf == "weight" and len(self.info(name).shape) != 2):
+            if leaf not in MAIN or (leaf == "weight" and len(self.info(name).shape) != 2):
                 continue
             last = module.rpartition(".")[2]
             if last in EMBEDDINGS + POSITIONS or (last in HEADS and self.tied_head):
@@ -140,7 +139,7 @@ class ModelFolder:
         """Module path of the output head as stored (`lm_head`), or None if no head is stored."""
         for name in self.names():
             module, _, leaf = name.rpartition(".")
-            if leaf in _WEIGHT_LEAVES and module.rpartition(".")[2] in HEADS:
+            if leaf in MAIN and module.rpartition(".")[2] in HEADS:
                 return module
         return None
 
@@ -244,8 +243,9 @@ class ModelFolder:
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:
-    """Sort key that puts `layers.2` before `layers.10`."""
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"\.", name)]
+    """Sort key that puts `layers.2` before `layers.10`; digits too many for a layer's number count as text."""
+    parts = name.split(".")
+    return [(0, int(part), "") if part.isdecimal() and len(part) <= DIGITS else (1, 0, part) for part in parts]
 
 
 def _without_private(config: dict[str, Any], where: str, warnings: list[str]) -> dict[str, Any]:

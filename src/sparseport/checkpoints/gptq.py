@@ -29,7 +29,8 @@ from sparseport.checkpoints.dialect import (
 )
 from sparseport.checkpoints.folder import ModelFolder
 from sparseport.checkpoints.gptq_zeros import decide_zero_storage
-from sparseport.checkpoints.separate_settings import check_separate
+from sparseport.checkpoints.plain_settings import layer_settings
+from sparseport.checkpoints.quantization_settings import quantization_settings
 from sparseport.checkpoints.writer_of import scales_may_be_negative, writer_of
 from sparseport.errors import BadInput, FidelityError, Unsupported
 from sparseport.weights.linear import Array, QuantizedWeight
@@ -42,17 +43,6 @@ from sparseport.weights.packing import (
 )
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
-# Options that change how words are to be read; only the listed values leave them as described above.
-_PLAIN: dict[str, tuple[object, ...]] = {
-    "pack_dtype": (None, "int32"),
-    "data_type": (None, "int"),
-    "is_marlin_format": (None, False),
-    "super_bits": (None,),
-    "packing_format": (None, "auto_round:auto_gptq", "gptq"),
-    "adapter": (None, {}),
-    "rotation": (None, ""),
-    "act_bits": (None, 16, 32),
-}
 
 
 @dataclass(frozen=True)
@@ -75,12 +65,9 @@ class GptqConfig:
     signed_scales: bool = False
 
 
-def read_quantization_config(
-    folder: ModelFolder, raw: Mapping[str, Any] | None = None, *, zero_storage: ZeroPointStorage | None = None
-) -> GptqConfig:
+def read_quantization_config(folder: ModelFolder, *, zero_storage: ZeroPointStorage | None = None) -> GptqConfig:
     """The quantisation settings of a GPTQ folder, checked against its tensors.
 
-    raw           the settings, where they are not as they stand in config.json (AutoRound's own names)
     zero_storage  what the user says about qzeros (`--gptq-zeros`); None = decided from config and data
 
     Remarks for the user are appended to `folder.warnings`.
@@ -89,56 +76,25 @@ def read_quantization_config(
         BadInput: no or contradicting settings, or zero-points that do not fit them.
         Unsupported: another method than GPTQ, other than 4 bits, or an option that changes the layout.
     """
-    where = str(folder.path / "config.json")
-    stored = folder.config.get("quantization_config")
-    if not isinstance(stored, dict):
+    settings = quantization_settings(folder)
+    if settings is None:
         raise BadInput(
             "config.json has no quantization_config",
-            where=where,
+            where=folder.path / "config.json",
             expected="a GPTQ checkpoint",
             fix=RESTORE,
             code="E_QUANT_CONFIG",
         )
-    check_separate(folder, stored)
-    raw = stored if raw is None else raw
-    method = raw.get("quant_method")
+    method = settings.raw["quant_method"]
     if method != "gptq":
         raise Unsupported(
             f"quant_method {method!r} is not read as GPTQ",
-            where=where,
+            where=settings.where,
             expected="gptq",
             found=method,
             code="E_QUANT_METHOD",
         )
-    for key, plain in _PLAIN.items():
-        if raw.get(key) not in plain:
-            raise Unsupported(
-                f"quantisation option {key} changes the layout",
-                where=where,
-                expected=str(plain[-1]),
-                found=repr(raw[key])[:80],
-                fix="quantise the weights only, as plain GPTQ with 4 bits",
-                code="E_QUANT_CONFIG",
-            )
-    bits, group_size = _whole(raw, "bits", where), _whole(raw, "group_size", where)
-    if bits != 4:
-        raise Unsupported(
-            "only 4-bit GPTQ is supported", where=where, expected=4, found=bits, fix=ONLY_4_BITS, code="E_BITS"
-        )
-    if group_size != -1 and group_size < 1:
-        raise BadInput(
-            "group_size is impossible",
-            where=where,
-            expected="-1 or a positive number",
-            found=group_size,
-            fix=RESTORE,
-            code="E_GROUP",
-        )
-    sym, desc_act = flag(raw, "sym", where), flag(raw, "desc_act", where, default=False)
-    varies = bool(raw.get("dynamic") or raw.get("extra_config"))
-    _check_zeros(folder, varies)
-    storage = decide_zero_storage(folder, raw, sym=sym, override=zero_storage)
-    return GptqConfig(bits, group_size, sym, desc_act, storage, varies, scales_may_be_negative(raw))
+    return _config(folder, settings.raw, settings.where, zero_storage)
 
 
 def gptq_format(folder: ModelFolder, name: str, config: GptqConfig) -> LayerFormat:
@@ -236,11 +192,18 @@ class Gptq:
 
 
 def open_gptq(
-    folder: ModelFolder, raw: Mapping[str, Any] | None = None, *, zero_storage: ZeroPointStorage | None = None
+    folder: ModelFolder, raw: Mapping[str, Any], where: str, *, zero_storage: ZeroPointStorage | None = None
 ) -> Gptq:
-    """The dialect of a folder with GPTQ words; see `read_quantization_config`."""
-    config = read_quantization_config(folder, raw, zero_storage=zero_storage)
-    return Gptq(folder, config, writer_of(folder.config["quantization_config"]))
+    """The dialect of a folder with GPTQ words.
+
+    raw           the settings under GPTQ's names, as `quantization_settings` has checked them
+    where         the file that they stand in, for messages
+    zero_storage  what the user says about qzeros (`--gptq-zeros`)
+
+    Raises:
+        BadInput, Unsupported: as `read_quantization_config`.
+    """
+    return Gptq(folder, _config(folder, raw, where, zero_storage), writer_of(raw))
 
 
 def gptq_tensors(name: str, weight: QuantizedWeight, storage: ZeroPointStorage) -> dict[str, Array]:
@@ -302,6 +265,33 @@ def gptq_config_dict(
         "checkpoint_format": label,
         **(extra or {}),
     }
+
+
+def _config(
+    folder: ModelFolder, raw: Mapping[str, Any], where: str, zero_storage: ZeroPointStorage | None
+) -> GptqConfig:
+    bits, group_size = _whole(raw, "bits", where), _whole(raw, "group_size", where)
+    if bits != 4:
+        raise Unsupported(
+            "only 4-bit GPTQ is supported", where=where, expected=4, found=bits, fix=ONLY_4_BITS, code="E_BITS"
+        )
+    if group_size != -1 and group_size < 1:
+        raise BadInput(
+            "group_size is impossible",
+            where=where,
+            expected="-1 or a positive number",
+            found=group_size,
+            fix=RESTORE,
+            code="E_GROUP",
+        )
+    sym, desc_act = flag(raw, "sym", where), flag(raw, "desc_act", where, default=False)
+    own = [entry for _, entry in layer_settings(raw, where)]
+    # A layer's own act-order asks for group indices too; where they are, they are followed anyway.
+    desc_act = desc_act or any(flag(entry, "desc_act", where, default=False) for entry in own)
+    varies = bool(own)
+    _check_zeros(folder, varies)
+    storage = decide_zero_storage(folder, raw, where, sym=sym, override=zero_storage)
+    return GptqConfig(bits, group_size, sym, desc_act, storage, varies, scales_may_be_negative(raw))
 
 
 def _input_order(

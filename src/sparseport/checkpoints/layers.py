@@ -7,26 +7,13 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
+from sparseport.checkpoints.leaves import WEIGHT_PARTS
 from sparseport.errors import BadInput
 
 _LAYER = re.compile(r"^(?P<stem>(?:.*\.)?(?:layers|h|blocks))\.(?P<index>\d+)\.(?P<rest>.+)$")
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
-_WEIGHT_PARTS = (
-    "weight",
-    "qweight",
-    "qzeros",
-    "scales",
-    "g_idx",
-    "weight_packed",
-    "weight_scale",
-    "weight_zero_point",
-    "weight_shape",
-    "weight_g_idx",
-    "compressed",
-    "bitmask",
-    "row_offsets",
-    "shape",
-)
+# Python refuses to read a number of thousands of digits, and no model has that many layers.
+DIGITS = 18
 
 
 def check_heads(config: dict[str, Any], where: str) -> None:
@@ -74,9 +61,10 @@ def check_layer_tensors(names: Iterable[str], config: dict[str, Any], where: str
     layers: dict[str, dict[int, dict[str, str]]] = {}
     for name in names:
         if match := _LAYER.match(name):
-            parts = layers.setdefault(match["stem"], {}).setdefault(int(match["index"]), {})
+            index = int(match["index"]) if len(match["index"]) <= DIGITS else 10**DIGITS
+            parts = layers.setdefault(match["stem"], {}).setdefault(index, {})
             module, _, leaf = match["rest"].rpartition(".")
-            if leaf in _WEIGHT_PARTS or leaf == "bias":
+            if leaf in WEIGHT_PARTS or leaf == "bias":
                 parts.setdefault(f"{module}.bias" if leaf == "bias" else f"{module}.weight", name)
     count = next((config[key] for key in _LAYER_COUNTS if key in config), None)
     if type(count) is not int or count < 1:

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import TypeVar, Union
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar, Union
 
-from sparseport.errors import Unsupported
+from sparseport.errors import BadInput, Unsupported
 
 _T = TypeVar("_T")
 _MAX_LENGTH = 300
 _MAX_DEPTH = 8
 _MAX_NAME = 300
+_MAX_TARGETS = 10_000
+_MAX_PATTERNS = 1000
 # One character, perhaps repeated. Sets inside classes ([[, --, &&, ~~, ||) mean different things to different engines.
 _ATOM = re.compile(
     r"(?P<one>\\[dwsDWS.\-_/\[\](){}+*?^$|]|\[\^?(?:\\.|(?!--|&&|~~|\|\|)[^\]\\\[])+\]|[A-Za-z0-9_\-/:]|\.)"
@@ -44,6 +45,22 @@ class _Group:
 
 
 @dataclass(frozen=True)
+class _Name:
+    """A module name, and where each kind of character stands in it, found once for all patterns.
+
+    fits  expression of one character -> the positions where it stands, bit p for position p
+    """
+
+    text: str
+    fits: dict[str, int] = field(default_factory=dict)
+
+    def positions(self, one: re.Pattern[str]) -> int:
+        if one.pattern not in self.fits:
+            self.fits[one.pattern] = sum(1 << p for p, character in enumerate(self.text) if one.fullmatch(character))
+        return self.fits[one.pattern]
+
+
+@dataclass(frozen=True)
 class Pattern:
     """A pattern of the plain subset; `match` agrees with Python's `re.match`."""
 
@@ -51,50 +68,80 @@ class Pattern:
 
     def match(self, name: str) -> bool:
         """Whether the pattern matches from the start of the name."""
+        return self.matches(_Name(name))
+
+    def matches(self, name: _Name) -> bool:
         return _ends(self.group, 1, name) != 0
 
 
-def first_match(module: str, groups: Sequence[tuple[Sequence[str], _T]], class_name: str) -> _T | None:
-    """The value of the group that names a module.
+class Targets(Generic[_T]):
+    """The targets of all config groups, sorted once, with what each group stands for.
 
     An exact name wins over a pattern, and that over the class. Among patterns the first in alphabetical order wins, and
     among equal targets the last: so compressed-tensors decides.
-
-    Args:
-        module: module path.
-        groups: (targets, value) in the order of the config.
-        class_name: the class of the layer (`Linear`), which a target may name.
-
-    Raises:
-        Unsupported: a pattern that is not read.
     """
-    values = {target: value for targets, value in groups for target in targets}
-    for target in sorted(values, key=lambda target: (target.startswith("re:"), target)):
-        if names(target, module):
-            return values[target]
-    return values.get(class_name)
+
+    def __init__(
+        self, groups: Sequence[tuple[Sequence[str], _T]], *, class_name: str, where: str | None = None
+    ) -> None:
+        """Take targets as a config has them.
+
+        groups      (targets, value) in the order of the config
+        class_name  the class of the layers (`Linear`), which a target may name
+        where       the config file, for messages
+
+        Raises:
+            BadInput: E_LIMIT, more targets or patterns than a sane config has.
+            Unsupported: a pattern outside the subset above.
+        """
+        patterns = {target for targets, _ in groups for target in targets if target.startswith("re:")}
+        for what, found, most in (
+            ("targets", sum(len(targets) for targets, _ in groups), _MAX_TARGETS),
+            ("patterns", len(patterns), _MAX_PATTERNS),
+        ):
+            if found > most:
+                raise BadInput(
+                    f"config groups name too many {what}",
+                    where=where,
+                    expected=f"at most {most}",
+                    found=found,
+                    fix="name the layers by their class, or by a few patterns",
+                    code="E_LIMIT",
+                )
+        self._values = {target: value for targets, value in groups for target in targets}
+        self._patterns = [(compiled(target[3:], where), self._values[target]) for target in sorted(patterns)]
+        self._class_name = class_name
+        self._found: dict[str, _T | None] = {}
+
+    def of(self, module: str) -> _T | None:
+        """The value of the group that names a module, or None.
+
+        Raises:
+            Unsupported: the name is too long to be matched.
+        """
+        if module not in self._found:
+            self._found[module] = self._search(module)
+        return self._found[module]
+
+    def _search(self, module: str) -> _T | None:
+        if module in self._values and not module.startswith("re:"):
+            return self._values[module]
+        if self._patterns and len(module) > _MAX_NAME:
+            raise Unsupported(
+                "module name is too long for patterns",
+                where=f"{module[:80]}...",
+                expected=f"at most {_MAX_NAME} characters",
+                found=len(module),
+                fix="name the layers by their class, or one by one, in the config",
+                code="E_PATTERN",
+            )
+        name = _Name(module)
+        for pattern, value in self._patterns:
+            if pattern.matches(name):
+                return value
+        return self._values.get(self._class_name)
 
 
-def names(target: str, module: str) -> bool:
-    """Whether a target is the module's name, or a `re:` pattern that matches from its start.
-
-    Raises:
-        Unsupported: a pattern outside the subset above, or a name that is too long to be matched.
-    """
-    if not target.startswith("re:"):
-        return target == module
-    if len(module) > _MAX_NAME:
-        raise Unsupported(
-            "module name is too long for patterns",
-            where=f"{module[:80]}...",
-            expected=f"at most {_MAX_NAME} characters",
-            found=len(module),
-            code="E_PATTERN",
-        )
-    return compiled(target[3:]).match(module)
-
-
-@lru_cache(maxsize=1024)
 def compiled(pattern: str, where: str | None = None) -> Pattern:
     """A pattern from a config file, if it is of the plain subset.
 
@@ -155,9 +202,10 @@ def _atom(match: re.Match[str]) -> _Atom | None:
     return _Atom(one, least, most)
 
 
-def _ends(group: _Group, starts: int, name: str) -> int:
+def _ends(group: _Group, starts: int, name: _Name) -> int:
     """Where a match of the group can end, as a set of positions: bit p stands for position p."""
-    line_ends = 1 << len(name) | (1 << len(name) - 1 if name.endswith("\n") else 0)
+    length = len(name.text)
+    line_ends = 1 << length | (1 << length - 1 if name.text.endswith("\n") else 0)
     ends = 0
     for items in group.alternatives:
         reached = starts
@@ -174,11 +222,21 @@ def _ends(group: _Group, starts: int, name: str) -> int:
     return ends
 
 
-def _steps(atom: _Atom, starts: int, name: str) -> int:
-    fits = sum(1 << position for position, character in enumerate(name) if atom.one.fullmatch(character))
+def _steps(atom: _Atom, starts: int, name: _Name) -> int:
+    fits = name.positions(atom.one)
     reached = starts
-    for _ in range(min(atom.least, len(name) + 1)):
+    for _ in range(atom.least):
+        if not reached:
+            return 0
         reached = (reached & fits) << 1
-    for _ in range(len(name) if atom.most is None else atom.most - atom.least):
-        reached |= (reached & fits) << 1
+    if atom.most is not None:
+        for _ in range(atom.most - atom.least):
+            reached |= (reached & fits) << 1
+        return reached
+    # Any number of steps, 1, 2, 4, ... at a time: `ahead` has the positions with so many fitting characters before.
+    ahead, span = fits << 1, 1
+    while span <= len(name.text):
+        reached |= ahead & reached << span
+        ahead &= ahead << span
+        span *= 2
     return reached

@@ -126,7 +126,7 @@ def _check_parts(plain: Mapping[str, Any], file: SafeTensorsFile, source: Path) 
 def _module(name: str, command: Mapping[str, Any], source: Path) -> str:
     match = _NAME.fullmatch(name)
     kind, path = command.get("module_cls_name"), command.get("module_path")
-    if match is None or kind not in _MODES or path not in _MODULE_PATHS:
+    if match is None or not isinstance(kind, str) or kind not in _MODES or path not in _MODULE_PATHS:
         raise Unsupported(
             "the checkpoint holds a hook that is no quantiser of a weight",
             where=f"{source}, hook {name}",

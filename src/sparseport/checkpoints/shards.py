@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ INDEX = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # What a trainer leaves beside a checkpoint; no weights in it.
 _TRAINING_STATE = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
+# A shard by its name, unless it is the only one.
+_OF_SEVERAL = re.compile(r"-\d+-of-(?!0*1\.)\d+\.safetensors$")
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Weights:
 
 
 def open_weights(directory: Path, *, allow_pickle: bool = False, ignore_extra: bool = False) -> Weights:
-    """Open the weights of a folder: `model.safetensors`, else the shards of its index.
+    """Open the weights of a folder: `model.safetensors`, else the shards of its index, else the only safetensors file.
 
     allow_pickle  where there are only `.bin` files, convert them in a process of their own
     ignore_extra  skip, with a warning, shard tensors that the index does not name
@@ -68,7 +71,9 @@ def open_weights(directory: Path, *, allow_pickle: bool = False, ignore_extra: b
         return _open_index(directory, ignore_extra, warnings)
     if pickles and allow_pickle:
         return _open_pickles(directory, pickles)
+    found = [n for n in names if n.endswith(".safetensors")]
     if pickles:
+        other = f"; or rename {found[0]} to {SINGLE} if it holds the weights" if len(found) == 1 else ""
         raise BadInput(
             "the weights are only there as pickle files, which can run code when they are read",
             where=directory,
@@ -76,9 +81,13 @@ def open_weights(directory: Path, *, allow_pickle: bool = False, ignore_extra: b
             found=", ".join(pickles[:3]),
             code="E_PICKLE",
             fix="convert them in an environment you trust: load with transformers, then save_pretrained(folder), which "
-            "writes safetensors; or pass --allow-pickle to have them read as plain tensors in a separate process",
+            "writes safetensors; or pass --allow-pickle to have them read as plain tensors in a separate process"
+            + other,
         )
-    found = [n for n in names if n.endswith(".safetensors")]
+    if len(found) == 1 and not _OF_SEVERAL.search(found[0]) and not found[0].startswith("adapter_"):
+        file = SafeTensorsFile.open(bare_file(directory, found[0], "weight file"))
+        note = f"{found[0]} is taken for {SINGLE}: it is the only safetensors file in the folder"
+        return Weights(dict.fromkeys(file.names(), file), (file,), (file.path,), warnings=(note,))
     raise BadInput(
         "the folder holds no weights",
         where=directory,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,24 +114,83 @@ class Certificate:
         return certificate
 
 
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_group_size(value: object) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _is_shape(value: object) -> bool:
+    return isinstance(value, list) and all(type(length) is int and length >= 0 for length in value)
+
+
+def _is_read_back(value: object) -> bool:
+    return isinstance(value, dict) and "openvino" in value and all(map(_is_text, value.values()))
+
+
+def _is_true_or_false(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+_Checks = dict[str, Callable[[object], bool]]
+# What verification and inspection rely on: part -> key -> what its value has to be.
+_OF_EVERY_ENTRY: dict[str, _Checks] = {
+    "files": {"sha256": _is_text, "size": _is_count},
+    "linears": {"shape": _is_shape, "readback": _is_read_back},
+    "tensors": {"shape": _is_shape, "readback": _is_read_back},
+}
+_WHERE_PRESENT: _Checks = {"group_size": _is_group_size, "tied_head": _is_true_or_false}
+_OF_TOTALS: _Checks = {
+    **dict.fromkeys(("linears", "int4_linears", "weights", "masked_weights", "pruned", "revived"), _is_count),
+    "sparsity": _is_text,
+}
+
+
 def _check_structure(data: dict[str, Any], path: Path) -> None:
-    """What verification relies on must be there, even in a certificate that somebody sealed anew.
+    """What verification and inspection rely on must be there, even in a certificate that somebody sealed anew.
 
     Raises:
         VerificationError: a part is missing or of another type.
     """
-    needed = {"files": ("sha256", "size"), "linears": ("shape", "readback"), "tensors": ("shape", "readback")}
-    for part, keys in needed.items():
+    if not _is_text(data.get("sparseport")):
+        raise VerificationError("the certificate lacks a part", where=path, expected="sparseport, a version")
+    for part, checks in _OF_EVERY_ENTRY.items():
         entries = data.get(part)
-        if not isinstance(entries, dict):
+        if not isinstance(entries, dict) or (part == "files" and not entries):
             raise VerificationError("the certificate lacks a part", where=path, expected=part)
         for name, facts in entries.items():
-            if not isinstance(facts, dict) or any(key not in facts for key in keys):
-                raise VerificationError("the certificate's entry is incomplete", where=f"{path}, {name}", expected=keys)
-            if part != "files" and "openvino" not in facts["readback"]:
-                raise VerificationError("the certificate has no read-back of this weight", where=f"{path}, {name}")
-    if not data["files"] or not isinstance(data.get("totals"), dict):
-        raise VerificationError("the certificate lacks a part", where=path, expected="files and totals")
+            _check_entry(facts, checks, _WHERE_PRESENT if part == "linears" else {}, f"{path}, {part}, {name}")
+    for name in data["files"]:
+        if not _is_inside(name):
+            raise VerificationError("the certificate names a file outside the folder", where=path, found=name[:80])
+    _check_entry(data.get("totals"), _OF_TOTALS, {}, f"{path}, totals")
+
+
+def _check_entry(facts: object, required: _Checks, optional: _Checks, where: str) -> None:
+    """Check one mapping of the certificate.
+
+    Raises:
+        VerificationError: it is no mapping, or a value is missing or of another type.
+    """
+    found = facts if isinstance(facts, dict) else {}
+    wrong = [key for key, fits in required.items() if key not in found or not fits(found[key])]
+    wrong += [key for key, fits in optional.items() if key in found and not fits(found[key])]
+    if wrong:
+        raise VerificationError(
+            "the certificate's entry is incomplete or of another type", where=where, expected=", ".join(wrong)
+        )
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a file name is a plain relative path with slashes, such as every system can have and no drive starts."""
+    plain = not set(name) & set("\0\\:")
+    return plain and all(part not in ("", ".", "..") and len(part.encode()) < 256 for part in name.split("/"))
 
 
 def canonical(data: dict[str, Any]) -> bytes:

@@ -82,9 +82,6 @@ class QuantizedWeight:
     def groups(self) -> int:
         return int(self.scales.shape[1])
 
-    def with_mask(self, mask: Mask | None) -> QuantizedWeight:
-        return replace(self, mask=mask)
-
     def check(self, where: str, *, signed_scales: bool = False) -> QuantizedWeight:
         """Return self if shapes and ranges agree.
 

@@ -16,10 +16,16 @@ import numpy as np
 
 from sparseport.errors import VerificationError
 from sparseport.weights.grouping import without_filling
-from sparseport.weights.linear import Array, DenseWeight, QuantizedWeight
+from sparseport.weights.linear import U8, DenseWeight, QuantizedWeight
 
 MODEL = "model.onnx"
-_DTYPES = {1: np.dtype("<f4"), 2: np.dtype("u1"), 6: np.dtype("<i4"), 10: np.dtype("<f2")}
+# ONNX's numbers for FLOAT, UINT8, INT32 and FLOAT16.
+_DTYPES: dict[int, np.dtype[Any]] = {
+    1: np.dtype("<f4"),
+    2: np.dtype("u1"),
+    6: np.dtype("<i4"),
+    10: np.dtype("<f2"),
+}
 _MATRIX_USERS = {"MatMul": 1, "MatMulNBits": 1, "Gather": 0, "GatherBlockQuantized": 0, "Gemm": 1, "FusedMatMul": 1}
 
 
@@ -59,7 +65,7 @@ class OnnxGraph:
         self.producers = {output: node for node in self.model.graph.node for output in node.output}
         self._maps: dict[str, Any] = {}
 
-    def values(self, name: str) -> Array:
+    def values(self, name: str) -> Any:
         """A constant's values, in the dtype it is stored in.
 
         Raises:
@@ -182,9 +188,10 @@ def _quantized(graph: OnnxGraph, node: Any) -> ReadBack:
     return ReadBack(label, without_filling(weight, label), f"u{bits}", ())
 
 
-def _unpacked(packed: Array, bits: int) -> Array:
+def _unpacked(packed: U8, bits: int) -> U8:
     """Bytes -> values: for 4 bits the low half of each byte comes first, along the last axis."""
     if bits == 8:
         return np.array(packed)
     low, high = packed & np.uint8(15), packed >> np.uint8(4)
-    return np.stack([low, high], axis=-1).reshape(*packed.shape[:-1], -1)
+    values: U8 = np.stack([low, high], axis=-1).reshape(*packed.shape[:-1], -1)
+    return values
