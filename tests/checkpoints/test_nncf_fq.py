@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 
 import ml_dtypes
 import numpy as np
@@ -132,8 +133,8 @@ def test_folder_layouts(quick, tmp_path):
     source = tmp_path / "last" / "nncf_checkpoint.pth"
     for path, files in (
         (tmp_path, ["nncf_checkpoint.pth", "result.json"]),
-        (tmp_path / "last", ["nncf_checkpoint.pth"]),
-        (source, ["nncf_checkpoint.pth"]),
+        (tmp_path / "last", ["nncf_checkpoint.pth", "result.json"]),
+        (source, ["nncf_checkpoint.pth", "result.json"]),
     ):
         with NncfCheckpoint.open(path, allow_pickle=True) as checkpoint:
             assert checkpoint.source == source and checkpoint.modules() == [EMBEDDING, LAYER]
@@ -141,6 +142,11 @@ def test_folder_layouts(quick, tmp_path):
         with pytest.raises(BadInput, match="--allow-pickle") as caught:
             NncfCheckpoint.open(path)
         assert caught.value.code == "E_PICKLE" and str(source) in str(caught.value)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copyfile(source, elsewhere / source.name)
+    with NncfCheckpoint.open(elsewhere, allow_pickle=True) as checkpoint:
+        assert checkpoint.result_json is None and list(checkpoint.sha256()) == ["nncf_checkpoint.pth"]
     for missing in (tmp_path / "none", tmp_path / "none.pth"):
         with pytest.raises(BadInput, match="E_MISSING"):
             NncfCheckpoint.open(missing, allow_pickle=True)

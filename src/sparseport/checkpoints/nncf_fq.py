@@ -49,14 +49,16 @@ class NncfCheckpoint:
 
     path         as given
     source       the pickle file
-    result_json  result.json in the given folder, beside the pickle or one folder above, or None
+    result_json  result.json in the given folder, beside the pickle, or above its folder `last`; or None
     warnings     what is odd but harmless
     """
 
     def __init__(self, path: Path, source: Path, plain: dict[str, Any], file: SafeTensorsFile) -> None:
         self.path, self.source = path, source
         self.warnings: list[str] = []
-        folders = [folder for folder in (path, source.parent, source.parent.parent) if (folder / RESULT).is_file()]
+        # NNCF's example writes OUTPUT/result.json and OUTPUT/last/nncf_checkpoint.pth.
+        above = [source.parent.parent] if source.parent.name == "last" else []
+        folders = [folder for folder in (path, source.parent, *above) if (folder / RESULT).is_file()]
         self.result_json = bare_file(folders[0], RESULT, RESULT) if folders else None
         self._file = file
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
