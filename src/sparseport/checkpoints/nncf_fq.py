@@ -41,7 +41,7 @@ CHECKPOINT, RESULT = "nncf_checkpoint.pth", "result.json"
 _HOOKS_IN_MODEL = "__nncf_hooks."
 # The one class in nncf_config that is no plain data: an enumeration of texts.
 _ENUMS = ("nncf.common.quantization.structs.QuantizationScheme",)
-_LAYER = re.compile(r"(?:^|\.)layers\.(?P<index>\d+)\.")
+_LAYER = re.compile(r"(?:^|\.)layers\.(?P<index>\d{1,6})\.")
 
 
 class NncfCheckpoint:
