@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sparseport.checkpoints.safetensors_header import numpy_dtype
-from sparseport.errors import FidelityError
 from sparseport.merge.fq_lora import merge_fq_lora
-from sparseport.merge.layer import Merged, merge_layer, prune_again
+from sparseport.merge.layer import Merged, hold_mask, merge_layer
 from sparseport.plan import LayerPlan
 from sparseport.recipe import Recipe
 from sparseport.sources import Sources
@@ -25,22 +24,11 @@ def merge_planned(recipe: Recipe, sources: Sources, layer: LayerPlan) -> Merged:
             dense = replace(
                 dense, values=dense.values.astype(numpy_dtype(_STORED_NAMES[recipe.nncf_base_dtype], layer.module))
             )
-        tuned = merge_fq_lora(
-            dense, sources.tuned.quantizer(layer.module), sources.ranks.get(layer.module), layer.module
-        )
-        if tuned.revived and recipe.mask_policy == "reapply":
-            assert dense.mask is not None
-            return Merged(prune_again(tuned.weight, dense.mask), re_pruned=tuned.revived)
-        if tuned.revived and recipe.mask_policy == "strict" and sources.mask_available(layer.module):
-            # A sparse base that was given on purpose is a mask to be held; a base's own zeros are only counted.
-            raise FidelityError(
-                "NNCF's adapter revives weights that the sparse base prunes",
-                where=layer.module,
-                found=f"{tuned.revived} weights",
-                fix="`--mask-policy keep-codes` exports what was trained and counts them, `reapply` prunes them again",
-                code="E_MASK",
-            )
-        return Merged(tuned.weight, revived=tuned.revived)
+        rank = sources.ranks.get(layer.module)
+        weight = merge_fq_lora(dense, sources.tuned.quantizer(layer.module), rank, layer.module)
+        # A sparse base that was given on purpose is a mask to be held; a base's own zeros are only counted.
+        lenient = recipe.mask_policy == "strict" and not sources.mask_available(layer.module)
+        return hold_mask(weight, weight.mask, layer.module, "keep-codes" if lenient else recipe.mask_policy)
     base: QuantizedWeight | DenseWeight
     sparse = None
     if layer.group_size is not None:

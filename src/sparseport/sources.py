@@ -148,10 +148,6 @@ class Sources:
             if folder is not None:
                 folder.release()
 
-    def shape(self, module: str) -> tuple[int, int]:
-        """[out, in] of a linear layer of the base, from the header."""
-        return self.linears.format_of(module).shape
-
     def facts(self) -> dict[str, Any]:
         """SHA-256 of every input file, by role, for the certificate."""
         roles = {"base": self.base, "sparse_base": self.sparse, "adapter": self.adapter, "nncf": self.tuned}

@@ -24,6 +24,7 @@ from sparseport.targets.openvino import readback
 from sparseport.verify.folder import verify
 from sparseport.weights.digest import digest
 from sparseport.weights.linear import DenseWeight, QuantizedWeight
+from sparseport.weights.mask import keeps_n_m
 from sparseport.weights.rounding import dequantize
 
 Inputs = dict[str, Any]
@@ -215,6 +216,69 @@ def _sha256(values: np.ndarray) -> str:
 
 
 # --- folders and adapters --------------------------------------------------------------------------------------------
+
+
+@shown("GPTQ v1 with biases (Qwen2)")
+def test_biases_of_quantised_layers(tmp_path: Path, through: Any) -> None:
+    """q, k and v have biases beside their codes: they arrive, and the logits need them."""
+    import torch
+    import transformers
+
+    config = transformers.Qwen2Config(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.Qwen2ForCausalLM(config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith(".bias"):
+                    torch.nn.init.normal_(parameter)
+    model.half().save_pretrained(tmp_path / "dense")
+    want = quantised_llama(tmp_path / "dense", tmp_path / "base", "gptq-v1")
+    result, found = through(base=tmp_path / "base")
+    _require_same(want, result)
+    biases = {name: value for name, value in model.state_dict().items() if name.endswith(".bias")}
+    assert len(biases) == 6
+    for name, value in biases.items():
+        assert np.array_equal(_real(found[name]).reshape(-1), value.float().numpy()), name
+    settle(
+        Line(
+            "GPTQ v1 with biases (Qwen2)",
+            OURS,
+            "-",
+            f"{len(want)} layers",
+            "codes, zero-points, scales, biases: equal",
+            _stored(result),
+        )
+    )
+
+
+@shown("2:4 sparse base")
+def test_two_of_four(tiny_base: Path, tmp_path: Path, through: Any) -> None:
+    from sparseport.nls.artifacts import write_sparse_base
+
+    with ModelFolder.open(tiny_base) as base:
+        masks = {}
+        for module in base.linear_names():
+            if module != base.head_name:
+                size = np.abs(base.read(f"{module}.weight").astype(np.float32)).reshape(-1, 4)
+                kept = np.argsort(np.argsort(size, axis=1), axis=1) >= 2
+                masks[module] = kept.reshape(base.info(f"{module}.weight").shape)
+        write_sparse_base(base, masks, tmp_path / "base")
+    result, found = through(base=tmp_path / "base")
+    for module, mask in masks.items():
+        assert keeps_n_m(_real(found[module]) != 0, 2, 4) and not _real(found[module])[~mask].any()
+    pruned = result.certificate.totals["pruned"]
+    exact = f"{pruned:,} pruned weights: all zero, two of every four"
+    settle(Line("2:4 sparse base", OURS, "-", f"{len(masks)} layers", exact, _stored(result)))
 
 
 @shown("dense safetensors in shards, tied head")

@@ -311,3 +311,42 @@ def test_shears_search_space(tiny_base: Path, tiny_sparse: Path, tiny_adapter_sp
             "f16",
         )
     )
+
+
+@shown("search space of LoNAS (NNCF JSON), at full width")
+def test_lonas_search_space(tiny_base: Path, tiny_adapter: Path, tmp_path: Path) -> None:
+    """Ranks and widths in one file; a list of one number per group chooses lower ranks and the full width."""
+    layer = "LlamaDecoderLayer[0]"
+    attention = f"{layer}/LlamaAttention[self_attn]/Linear"
+    module = f"{layer}/LlamaMLP[mlp]/Linear[up_proj]"
+    rank, default = "ModuleDict[lora_A]", "NNCFLinear[default]/linear_0"
+    space = _nncf_space(
+        "",
+        groups=lambda path: [
+            [f"{path}{attention}[{name}_proj]/{rank}/{default}" for name in "qkv"],
+            [f"{path}{module}/NNCFLinear[self_linear]/linear_0", f"{path}{module}/ModuleDict[lora_B]/{default}"],
+        ],
+        widths=[[8, 6, 4], [128, 96]],
+    )
+    (tmp_path / "nncf_lonas.json").write_text(json.dumps(space))
+    (tmp_path / "chosen.json").write_text("[6, 128]")
+    adapter = tmp_path / "adapter"
+    shutil.copytree(tiny_adapter, adapter)
+    (adapter / "elastic_adapter_config.json").unlink()
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    plain = {"sparse_adapter": False, "quantization_aware": False}
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, **plain}))
+    inputs = {"base": tiny_base, "adapter": adapter, "search_space": tmp_path / "nncf_lonas.json"}
+    written = _through(tmp_path, **inputs, sub_adapter=str(tmp_path / "chosen.json"))
+    ranks = {f"model.layers.0.self_attn.{name}_proj": 6 for name in "qkv"}
+    count = _require_merged(written, tiny_base, _updates(adapter, ranks), masked=False)
+    settle(
+        Line(
+            "search space of LoNAS (NNCF JSON), at full width",
+            OURS,
+            "-",
+            f"{count} layers",
+            "merged values: equal to the formula at the chosen ranks",
+            "f16",
+        )
+    )

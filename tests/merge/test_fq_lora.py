@@ -16,7 +16,7 @@ from sparseport.errors import BadInput, Unsupported
 from sparseport.merge.fq_lora import merge_fq_lora
 from sparseport.weights.fake_quantizer import FakeQuantizer
 from sparseport.weights.linear import DenseWeight
-from sparseport.weights.mask import mask_of
+from sparseport.weights.mask import mask_of, revived
 from sparseport.weights.rounding import dequantize
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -41,7 +41,7 @@ def sym(*scale, bits=4, group=-1, **adapter):
 
 
 def merged(values, quantizer, rank=None):
-    return merge_fq_lora(DenseWeight(values), quantizer, rank, "layer").weight
+    return merge_fq_lora(DenseWeight(values), quantizer, rank, "layer")
 
 
 # --- by hand ---------------------------------------------------------------------------------------------------------
@@ -162,18 +162,18 @@ def test_without_an_update_pruned_weights_stay_zero(values, mask, ranges, symmet
         4, symmetric, 4, **({"scale": low} if symmetric else {"input_low": low, "input_range": width})
     )
     result = merge_fq_lora(base, replace(quantizer, **none(3, 8)), None, "layer")
-    assert result.revived == 0 and result.weight.mask is mask
-    points = np.repeat(result.weight.zero_points, 4, axis=1)
-    assert (result.weight.codes[~mask] == points[~mask]).all()
+    assert revived(result, mask) == 0 and result.mask is mask
+    points = np.repeat(result.zero_points, 4, axis=1)
+    assert (result.codes[~mask] == points[~mask]).all()
 
 
 def test_pruned_weights_that_the_adapter_moves_are_counted():
     base = f32([0, 0, 0, 1, 0, 0.5])
     adapter = {"a": np.array([[1, 0.5, 0, 1, -1, 0.25]], BF16), "b": np.array([[0.25]], BF16)}
     result = merge_fq_lora(DenseWeight(base, mask_of(base)), asym([[-1]], [[3.75]], **adapter), None, "layer")
-    assert result.weight.codes.tolist() == [[5, 4, 4, 9, 3, 6]]  # 0.125 is a tie, and stays zero
-    assert result.revived == 2
-    assert merge_fq_lora(DenseWeight(base), asym([[-1]], [[3.75]], **adapter), None, "layer").revived == 0
+    assert result.codes.tolist() == [[5, 4, 4, 9, 3, 6]]  # 0.125 is a tie, and stays zero
+    assert revived(result, mask_of(base)) == 2
+    assert merge_fq_lora(DenseWeight(base), asym([[-1]], [[3.75]], **adapter), None, "layer").mask is None
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

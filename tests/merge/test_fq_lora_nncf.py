@@ -36,7 +36,7 @@ def none(rows, columns):
 
 
 def merged(values, quantizer, rank=None):
-    return merge_fq_lora(DenseWeight(values), quantizer, rank, "layer").weight
+    return merge_fq_lora(DenseWeight(values), quantizer, rank, "layer")
 
 
 @pytest.fixture(scope="module")

@@ -194,18 +194,15 @@ def test_every_group_size_has_a_block_size() -> None:
         assert size % part == 0 and part <= block <= 4 * part and block in BLOCK_SIZES
 
 
-def test_packed_bytes_are_onnx_runtimes_own() -> None:
+def test_packed_bytes_are_onnx_runtimes_own(tmp_path: Path) -> None:
     """Literal bytes: low nibble first, each row of zero-points filled up to a whole byte."""
     codes = np.arange(48, dtype=np.uint8).reshape(1, 48) % 16
     weight = QuantizedWeight(codes, np.ones((1, 3), np.float16), np.array([[3, 15, 8]], np.uint8), 16)
-    folder = Path(__import__("tempfile").mkdtemp())
-    with OnnxStore(folder / "scratch") as store:
+    with OnnxStore(tmp_path / "scratch") as store:
         stored = store.add_quantized(weight)
         assert stored.codes.shape == (1, 3, 8)
         assert bytes(store.view(stored.codes)) == bytes([0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE] * 3)
         assert bytes(store.view(stored.zero_points)) == bytes([0xF3, 0x08])
-    (folder / "scratch").unlink()
-    folder.rmdir()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "elsewhere", "code"])

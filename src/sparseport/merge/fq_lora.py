@@ -39,7 +39,6 @@ from sparseport.errors import BadInput, Unsupported
 from sparseport.merge.delta import low_rank_product, row_blocks
 from sparseport.weights.fake_quantizer import FakeQuantizer
 from sparseport.weights.linear import F32, U8, Array, DenseWeight, LowRankBranch, QuantizedWeight
-from sparseport.weights.mask import revived
 
 _Floats = npt.NDArray[Any]
 
@@ -47,18 +46,6 @@ _Floats = npt.NDArray[Any]
 _RANGE_EPS = np.float32(1e-16)
 # Steps below this are replaced by it (strip.py); in float16 it is a subnormal number, but not zero.
 _STEP_EPS = np.finfo(np.float32).eps
-
-
-@dataclass(frozen=True)
-class FqMerged:
-    """A merged layer.
-
-    weight   codes, float16 scales and zero-points as nncf.strip gives them, with the base's mask
-    revived  pruned weights of the mask that are not zero in it: NNCF knows no mask, and the adapter moves every weight
-    """
-
-    weight: QuantizedWeight
-    revived: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,17 +66,22 @@ class _Grid:
     top: int
 
 
-def merge_fq_lora(base: DenseWeight, quantizer: FakeQuantizer, rank: int | None, where: str) -> FqMerged:
+def merge_fq_lora(base: DenseWeight, quantizer: FakeQuantizer, rank: int | None, where: str) -> QuantizedWeight:
     """Quantise W + B[:, :rank] A[:rank] on the trained grid, as nncf.strip does.
 
     A symmetric grid becomes unsigned: level q is code q + 2**(bits - 1) with the zero-point in the middle. Its scale
     may be negative, as NNCF chooses it where a group's largest weight is positive, and is carried with its sign.
+
+    NNCF knows no mask: the adapter moves every weight, pruned ones too.
 
     Args:
         base: [out, in], float16, bfloat16 or float32; the dtype decides how W' is rounded (see the module).
         quantizer: trained range and adapter.
         rank: active rank of a sub-adapter (NLS); None = the trained rank.
         where: module name, for messages.
+
+    Returns:
+        Codes, float16 scales and zero-points as nncf.strip gives them, with the base's mask.
 
     Raises:
         BadInput: shapes disagree, the rank was not trained, NaN / Inf, or a number overflows.
@@ -128,10 +120,9 @@ def merge_fq_lora(base: DenseWeight, quantizer: FakeQuantizer, rank: int | None,
         codes[block], zero_points[block] = _unsigned(levels, grid, block)
     with np.errstate(over="ignore"):  # an infinite scale is refused by check
         scales = grid.step.astype(np.float16)
-    weight = QuantizedWeight(
+    return QuantizedWeight(
         codes.reshape(rows, columns), scales, zero_points, columns // groups, quantizer.bits, base.mask
     ).check(where, signed_scales=True)
-    return FqMerged(weight, 0 if base.mask is None else revived(weight, base.mask))
 
 
 def _branch(quantizer: FakeQuantizer, rank: int | None, where: str) -> LowRankBranch | None:

@@ -59,7 +59,7 @@ def merge_layer(
     if isinstance(base, DenseWeight) and sparse is not None:
         _check_same_values(base, sparse, where)
     if rule == "carry":
-        return _carry(base, sparse.mask if sparse is not None else base.mask, where, mask_policy)
+        return hold_mask(base, sparse.mask if sparse is not None else base.mask, where, mask_policy)
     assert branch is not None
     if rule == "qa_sparse_peft":
         assert isinstance(base, QuantizedWeight) and sparse is not None
@@ -69,7 +69,7 @@ def merge_layer(
         return Merged(merge_lora(base, branch, where))
     if rule == "sparse_peft":
         # The base itself first: a mask that was given apart may find weights that it prunes.
-        pruned = _carry(base, base.mask, where, mask_policy)
+        pruned = hold_mask(base, base.mask, where, mask_policy)
         assert isinstance(pruned.weight, DenseWeight)
         merged = merge_sparse_peft(pruned.weight, branch, where)
         return Merged(merged, re_pruned=pruned.re_pruned or pruned.revived)
@@ -101,7 +101,12 @@ def _check_same_values(base: DenseWeight, sparse: DenseWeight, where: str) -> No
         )
 
 
-def _carry(base: QuantizedWeight | DenseWeight, mask: Mask | None, where: str, mask_policy: str) -> Merged:
+def hold_mask(base: QuantizedWeight | DenseWeight, mask: Mask | None, where: str, mask_policy: str) -> Merged:
+    """A weight with its mask, after judging pruned weights that are not zero in it; see `merge_layer` for the policies.
+
+    Raises:
+        FidelityError: the policy is `strict`, and there are some.
+    """
     if mask is None:
         return Merged(base)
     count = revived(base, mask)
@@ -113,7 +118,7 @@ def _carry(base: QuantizedWeight | DenseWeight, mask: Mask | None, where: str, m
     if mask_policy == "reapply":
         return Merged(prune_again(masked, mask), re_pruned=count)
     raise FidelityError(
-        "the base itself revives weights that the sparse base prunes",
+        "this layer revives weights that the sparse base prunes",
         where=where,
         found=f"{count} weights",
         fix="`--mask-policy keep-codes` exports what was trained and records them, `--mask-policy reapply` prunes them",

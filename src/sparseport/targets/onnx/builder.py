@@ -43,7 +43,7 @@ def build_graph(config: str, small_tensors: str, output: str) -> dict[str, Any]:
 
     from sparseport.checkpoints.safetensors import SafeTensorsFile
     from sparseport.errors import Unsupported
-    from sparseport.targets.openvino.trace import empty_model, load_config, quiet
+    from sparseport.targets.empty_model import empty_model, load_config, quiet
 
     target = Path(output)
     target.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def build_graph(config: str, small_tensors: str, output: str) -> dict[str, Any]:
     with quiet():
         try:
             graph, nodes = _run_builder(network, Path(config).parent, target)
-        except (NotImplementedError, AttributeError, KeyError, ValueError) as error:
+        except NotImplementedError as error:
             raise Unsupported("onnxruntime-genai's builder cannot build this model", found=error) from error
     names = {id(module): name for name, module in network.named_modules()}
     matmuls = {node: [names[id(part)] for part in parts] for node, parts in nodes.items()}

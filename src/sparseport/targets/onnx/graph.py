@@ -14,8 +14,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from sparseport.errors import FidelityError
 from sparseport.targets.blocks import Block
 from sparseport.targets.onnx.layout import OnnxStore, StoredMatrix, StoredNBits
@@ -240,11 +238,3 @@ def _joinable(parts: Sequence[Stored]) -> bool:
         == (first.bits, first.block_size, first.columns, first.scales.element_type)
         for part in parts
     )
-
-
-def small_tensors(skeleton: Path) -> dict[str, np.ndarray[Any, Any]]:
-    """The tensors that are in the graph itself (norms, biases, rotary tables), by the builder's names."""
-    import onnx
-
-    model = onnx.load(skeleton, load_external_data=False)
-    return {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer if not t.external_data}

@@ -25,9 +25,10 @@ def build_frontend(config: str, small_tensors: str, output: str, tokenizer: str 
     from importlib.metadata import version
 
     from sparseport.checkpoints.safetensors import SafeTensorsFile
+    from sparseport.targets.empty_model import quiet
     from sparseport.targets.openvino.skeleton import build_skeleton
     from sparseport.targets.openvino.tokenizer import convert_tokenizer_folder
-    from sparseport.targets.openvino.trace import lean_imports, quiet
+    from sparseport.targets.openvino.trace import lean_imports
 
     with quiet(), lean_imports():
         with SafeTensorsFile.open(Path(small_tensors)) as tensors:

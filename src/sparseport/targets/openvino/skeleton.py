@@ -18,9 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from sparseport.errors import BadInput, FidelityError, Unsupported
+from sparseport.targets.empty_model import empty_model, load_config
 from sparseport.targets.openvino.stamp import LayersDiffer, stamp_layers, three_layer_settings
 from sparseport.targets.openvino.stamp_graph import NUMPY_TYPES, Carrier, Graph, Zeros
-from sparseport.targets.openvino.trace import empty_model, export, fill_parameters, load_config
+from sparseport.targets.openvino.trace import export, fill_parameters
 
 if TYPE_CHECKING:
     import torch

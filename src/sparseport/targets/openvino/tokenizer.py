@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sparseport.errors import BadInput, FidelityError
-from sparseport.targets.openvino.trace import load_config
+from sparseport.targets.empty_model import load_config
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -1,0 +1,75 @@
+"""The transformers model of a `config.json` without its weights: what every target traces or builds its graph from."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparseport.errors import BadInput, Unsupported
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+def load_config(config_json: Path) -> PretrainedConfig:
+    """The transformers config of a `config.json`, as the dense architecture: how weights are stored is left out.
+
+    Raises: BadInput, Unsupported (a model type that transformers does not have).
+    """
+    from transformers import CONFIG_MAPPING
+
+    try:
+        settings = json.loads(config_json.read_text("utf-8"))
+        model_type = settings["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput("the model's config cannot be read", where=config_json, found=repr(error)) from error
+    if model_type not in CONFIG_MAPPING:
+        raise Unsupported("transformers has no such model_type", where=config_json, found=model_type)
+    settings.pop("quantization_config", None)
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(settings)
+    except Exception as error:
+        raise BadInput("transformers refuses the model's config", where=config_json, found=error) from error
+
+
+def empty_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The model with parameters on the meta device and real buffers (rotary frequencies are computed, not stored)."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
+    except Exception as error:
+        raise Unsupported("transformers makes no causal model of this config", found=error) from error
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            unset = float("nan") if buffer.is_floating_point() else 0
+            module._buffers[name] = torch.full_like(buffer, unset, device="cpu")
+    # What transformers itself runs after a load on the meta device. Parameters are still meta, so this costs nothing.
+    model.initialize_weights()
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point() and bool(buffer.isnan().any()):
+            raise Unsupported("a computed buffer has no initial value", where=name)
+    return model.eval()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the tracer's warnings and the libraries' notes off the terminal."""
+    loggers = [logging.getLogger(name) for name in ("optimum", "transformers", "openvino", "nncf", "torch")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
