@@ -243,7 +243,7 @@ def test_a_refused_base_gets_no_command(tiny_int4: Path, monkeypatch: pytest.Mon
     def refuse(group_size: int, columns: int, where: str) -> int:
         raise Unsupported("no such groups", where=where, fix="quantise again")
 
-    monkeypatch.setattr("sparseport.plan.openvino_layout", refuse)
+    monkeypatch.setattr("sparseport.stored_forms.openvino_layout", refuse)
     found = inspect(tiny_int4)
     assert found.next == [] and sum("is refused: " in line for line in found.loses) == 14
     assert not any("14 layers" in line for line in found.keeps)

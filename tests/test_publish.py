@@ -82,6 +82,10 @@ def child(repo_root, tmp_path):
         process.communicate()
 
 
+def certified(folder: Path) -> bool:
+    return (folder / "sparseport.json").is_file()
+
+
 def write_new(output: Path, overwrite: bool = True) -> None:
     with staged_output(output, overwrite) as stage:
         fill(stage / "sub", "new")
@@ -221,7 +225,7 @@ def test_a_run_killed_between_its_renames_keeps_the_old_output_when_the_next_fai
 def test_what_a_killed_run_had_begun_to_delete_is_not_brought_back(tmp_path):
     """The old output was set aside, replaced and half deleted; then somebody removed the new one."""
     fill(tmp_path / f"{TEMP_PREFIX}aside-out")
-    with staged_output(tmp_path / "out", marker="sparseport.json") as stage:
+    with staged_output(tmp_path / "out", ours=certified) as stage:
         (stage / "new").write_text("x")
     assert sorted(tree(tmp_path)) == ["out", "out/new"]
 
@@ -230,7 +234,7 @@ def test_an_output_with_the_marker_is_brought_back(tmp_path):
     old = fill(tmp_path / f"{TEMP_PREFIX}aside-out")
     (old / "sparseport.json").write_text("{}")
     content = tree(old)
-    with pytest.raises(ValueError), staged_output(tmp_path / "out", True, "sparseport.json"):
+    with pytest.raises(ValueError), staged_output(tmp_path / "out", True, ours=certified):
         raise ValueError
     assert tree(tmp_path / "out") == content and [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -466,10 +470,10 @@ def test_overwrite_spares_folders_that_are_not_ours(tmp_path):
     output = tmp_path / "out"
     output.mkdir()
     (output / "thesis.txt").write_text("precious")
-    with pytest.raises(OutputExists, match="not made by sparseport"), staged_output(output, True, "sparseport.json"):
+    with pytest.raises(OutputExists, match="not made by sparseport"), staged_output(output, True, ours=certified):
         pass
     assert (output / "thesis.txt").read_text() == "precious"
     (output / "sparseport.json").write_text("{}")
-    with staged_output(output, True, "sparseport.json") as stage:
+    with staged_output(output, True, ours=certified) as stage:
         (stage / "new").write_text("x")
     assert [path.name for path in output.iterdir()] == ["new"]

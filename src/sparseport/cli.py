@@ -124,7 +124,12 @@ def _add_export(verbs: Any) -> None:
     verb.add_argument("--adapter", help="folder of the fine-tuned adapter")
     verb.add_argument("--sub-adapter", metavar="WHICH", help="maximal (default), heuristic, minimal, or a JSON file")
     verb.add_argument("--search-space", metavar="FILE", help="its search space, where it is not beside the adapter")
-    verb.add_argument("--target", action="append", choices=["openvino"], help="runtime to export to")
+    verb.add_argument(
+        "--target",
+        action="append",
+        choices=["openvino", "onnx"],
+        help="runtime to export to (default openvino); may be given twice",
+    )
     verb.add_argument("--output", help="folder to write")
     verb.add_argument("--rounding", choices=["sqft", "paper"], help="QA-SparsePEFT rounding rule (default sqft)")
     verb.add_argument("--embedding", choices=["fp16", "fp32", "int8"], help="how embedding and head are stored")
@@ -161,6 +166,26 @@ def _add_export(verbs: Any) -> None:
         compress.add_argument(
             f"--compress-{name}", dest=f"compress.{name.replace('-', '_')}", action="store_true", default=None
         )
+    onnx = verb.add_argument_group("the ONNX target")
+    onnx.add_argument(
+        "--onnx-format",
+        dest="onnx.format",
+        choices=["nbits", "qdq"],
+        help="INT4 layers as MatMulNBits of ONNX Runtime (default), or as standard operators only",
+    )
+    onnx.add_argument(
+        "--onnx-accuracy",
+        dest="onnx.accuracy",
+        choices=["exact", "fast"],
+        help="products in float32 (default), or with activations rounded to int8, which is faster and drifts",
+    )
+    onnx.add_argument(
+        "--onnx-portable",
+        dest="onnx.portable",
+        action="store_true",
+        default=None,
+        help="a model.onnx that OpenVINO's read_model runs as well: groups of 32, 64 or 128 only",
+    )
     verb.add_argument(
         "--no-tokenizer",
         dest="tokenizer",
@@ -229,13 +254,10 @@ def _run_export(options: argparse.Namespace) -> int:
     from sparseport.show import show_export, show_plan
 
     given = {name: getattr(options, name) for name in _EXPORT_FIELDS if getattr(options, name) is not None}
-    compress = {
-        key.partition(".")[2]: value
-        for key, value in vars(options).items()
-        if key.startswith("compress.") and value is not None
-    }
-    if compress:
-        given["compress"] = compress
+    for key, value in vars(options).items():
+        section, dot, name = key.partition(".")
+        if dot and value is not None:
+            given.setdefault(section, {})[name] = value
     apply_settings(given, tuple(options.set))
     if options.config:
         recipe = load_job(options.config, export=given).export
@@ -265,25 +287,38 @@ def _add_verify(verbs: Any) -> None:
 
 
 def _run_verify(options: argparse.Namespace) -> int:
-    from sparseport.pipeline import check_numerics
-    from sparseport.show import show_numerics, show_verdict
-    from sparseport.verify.folder import require, verify
+    from sparseport.show import show_verdicts
+    from sparseport.verify.certificate import certified_folders
+    from sparseport.verify.folder import Verdict, require_all, unequal_weights, verify
+    from sparseport.verify.judge import check_numerics
 
-    with _progress(options).task("verifying") as step:
-        verdict = verify(options.folder, strict=not options.ignore_extra, on_step=step)
-    result = verdict.as_dict()
-    numerics = None
-    if verdict.ok and options.numerics:
-        with _progress(options).task("comparing logits"):
-            numerics = check_numerics(options.folder)
-        result["numerics"] = numerics
-
-    def show() -> None:
-        show_verdict(verdict)
-        if numerics:
-            show_numerics(numerics)
-
-    return _print_judged(result, options, show, lambda: require(verdict))
+    # A folder of several targets is verified whole; anything else is left to `verify` to name what is wrong with it.
+    folders = certified_folders(options.folder) or [options.folder]
+    verdicts: list[Verdict] = []
+    numerics: list[dict[str, Any] | None] = []
+    for folder in folders:
+        with _progress(options).task(f"verifying {folder.name}" if len(folders) > 1 else "verifying") as step:
+            verdict = verify(folder, strict=not options.ignore_extra, on_step=step)
+        verdicts.append(verdict)
+        numerics.append(None)
+        if verdict.ok and options.numerics and verdict.certificate:
+            with _progress(options).task("comparing logits"):
+                numerics[-1] = check_numerics(folder, verdict.certificate.target, verdict.certificate.portable)
+    unequal = unequal_weights(verdicts)
+    results = [
+        verdict.as_dict() | ({"numerics": found} if found else {})
+        for verdict, found in zip(verdicts, numerics, strict=True)
+    ]
+    result = results[0]
+    if len(folders) > 1:
+        result = {
+            "ok": not unequal and all(verdict.ok for verdict in verdicts),
+            "differences": unequal,
+            "folders": {folder.name: one for folder, one in zip(folders, results, strict=True)},
+        }
+    return _print_judged(
+        result, options, lambda: show_verdicts(verdicts, numerics, unequal), lambda: require_all(verdicts, unequal)
+    )
 
 
 def _add_inspect(verbs: Any) -> None:

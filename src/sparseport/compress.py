@@ -6,7 +6,6 @@ is either repaired by the mask or refused.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,10 @@ from sparseport.verify.certificate import decimal
 from sparseport.weights.digest import digest
 from sparseport.weights.linear import Array, DenseWeight, Mask, QuantizedWeight
 from sparseport.weights.mask import revived
-from sparseport.weights.rounding import dequantize
+from sparseport.weights.rounding import error_in_steps
 
 # Half a step of rounding, and up to half a step of clipping at the end of a symmetric grid.
 _STEPS_OF_ROUNDING = 1.01
-_ROWS = 256
 
 
 def compress_folder(
@@ -149,22 +147,6 @@ def _facts(
         "compressed_sha256": digest(weight),
         "compression_error_steps": {"max": decimal(largest, 3), "mean": decimal(mean, 3)},
     }
-
-
-def error_in_steps(weight: QuantizedWeight, source: Array) -> tuple[float, float]:
-    """Largest and mean |dequantised - source|, in steps (sizes of scales) of the grid; rows are taken in blocks."""
-    largest = total = 0.0
-    for start in range(0, weight.shape[0], _ROWS):
-        rows = slice(start, start + _ROWS)
-        part = replace(
-            weight, codes=weight.codes[rows], scales=weight.scales[rows], zero_points=weight.zero_points[rows]
-        )
-        distance = np.abs(dequantize(part) - source[rows].astype(np.float32))
-        # NNCF's symmetric modes have negative scales.
-        steps = distance / np.repeat(np.abs(part.scales.astype(np.float32)), part.group_size, axis=1)
-        largest = max(largest, float(steps.max()))
-        total += float(steps.sum())
-    return largest, total / weight.codes.size
 
 
 def _replace_codes(model: Any, item: readback.ReadBack, weight: QuantizedWeight) -> Any:

@@ -157,7 +157,9 @@ class _Steps:
             return target
         started = time.monotonic()
         if staged:
-            with staged_output(target, overwrite=True, marker=_MARKERS[name]) as stage:
+            with staged_output(
+                target, overwrite=True, ours=lambda folder: (folder / _MARKERS[name]).is_file()
+            ) as stage:
                 make(stage)
                 facts = {"made_by": f"sparseport demo {__version__}", "step": name}
                 (stage / _MARKERS[name]).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

@@ -17,11 +17,11 @@ from sparseport.checkpoints.nncf_fq import NncfCheckpoint, read_nls_ranks
 from sparseport.checkpoints.peft import CONFIG as ADAPTER_CONFIG
 from sparseport.checkpoints.peft import AdapterFolder
 from sparseport.errors import BadInput, SparseportError
-from sparseport.plan import Plan, make_plan
+from sparseport.plan import LayerPlan, Plan, make_plan
 from sparseport.recipe import make_recipe
 from sparseport.sources import SPARSE_FROM, Sources, is_nncf_checkpoint, open_sources
 from sparseport.verify.certificate import FILE_NAME as CERTIFICATE
-from sparseport.verify.certificate import Certificate
+from sparseport.verify.certificate import Certificate, certified_folders
 from sparseport.weights.linear import DenseWeight, QuantizedWeight
 from sparseport.weights.mask import find_n_m, mask_of
 
@@ -157,6 +157,8 @@ def _inspect(path: Path, reading: _Reading, on_layer: Step) -> Inspection:
         )
     if (path / CERTIFICATE).is_file():
         return _inspect_export(path)
+    if exported := certified_folders(path):
+        return _inspect_exports(path, exported)
     if (path / ADAPTER_CONFIG).is_file():
         return _inspect_adapter(path, reading)
     if is_nncf_checkpoint(path):
@@ -219,9 +221,14 @@ def _look_at(module: str, sources: Sources, plan: Plan) -> LayerReport:
         zeros=zeros,
         pruned=pruned,
         pattern="" if pattern is None else f"{pattern[0]}:{pattern[1]}",
-        stored=planned.stored if planned else WITH_EMBEDDING,
+        stored=_stored(planned) if planned else WITH_EMBEDDING,
         refused=planned.refused if planned else None,
     )
+
+
+def _stored(layer: LayerPlan) -> str:
+    """The form in OpenVINO's folder, which is what the plan of an inspection is for; a refused layer has none."""
+    return layer.stored["openvino"].label if layer.stored else "-"
 
 
 def _zeros(weight: QuantizedWeight | DenseWeight) -> int:
@@ -446,9 +453,20 @@ def _inspect_export(path: Path) -> Inspection:
     found = Inspection("export", "folder exported by sparseport, with its certificate")
     found.writer = f"sparseport {certificate.body['sparseport']}"
     found.facts = {
+        "target": certificate.target,
         "linear layers": f"{totals['linears']}, {totals['weights']:,} weights, {totals['int4_linears']} in INT4",
         "pruned": f"{totals['pruned']:,} of {totals['masked_weights']:,}, {totals['revived']:,} of them not zero",
     }
+    found.next = [_command(["sparseport", "verify", _word(path)])]
+    return found
+
+
+def _inspect_exports(path: Path, folders: list[Path]) -> Inspection:
+    """A folder with a folder for each of several targets."""
+    parts = [_inspect_export(folder) for folder in folders]
+    found = Inspection("export", f"folder exported by sparseport for {len(parts)} targets, with their certificates")
+    found.writer = parts[0].writer
+    found.facts = {**parts[0].facts, "target": ", ".join(part.facts["target"] for part in parts)}
     found.next = [_command(["sparseport", "verify", _word(path)])]
     return found
 

@@ -17,9 +17,9 @@ import numpy.typing as npt
 
 from sparseport.checkpoints.dialect import LayerFormat
 from sparseport.errors import BadInput, EnvironmentProblem, FidelityError, SparseportError, Unsupported
-from sparseport.recipe import Recipe
+from sparseport.recipe import Recipe, Target
 from sparseport.sources import Sources
-from sparseport.weights.grouping import openvino_group_size, openvino_layout
+from sparseport.stored_forms import StoredForm, floating_form, quantized_form
 
 # What the frontend process (torch, transformers, optimum-intel and the traced graph) takes beside one matrix, measured.
 _FRONTEND_MIB = 450
@@ -29,6 +29,10 @@ _NUMERICS_BYTES_PER_WEIGHT = 8.5
 # NNCF holds the model it compresses and its result; plus its libraries.
 _NNCF_MIB = 600
 _NNCF_BYTES_PER_WEIGHT = 6
+_WHY_REGROUPED = {
+    "openvino": "OpenVINO computes the original group size wrongly",
+    "onnx": "ONNX Runtime's MatMulNBits does not take the original group size",
+}
 # Buffers that old checkpoints stored although every implementation computes them.
 _COMPUTED = (".rotary_emb.inv_freq",)
 
@@ -39,9 +43,8 @@ class LayerPlan:
 
     rule          carry, lora, sparse_peft, qa_sparse_peft or fq_lora
     source        format in the checkpoint (`int4 g64 asym`, `float16`)
-    stored        format in the output (`u4 g64`, `f16`)
+    stored        target -> form in the output
     group_size    columns per group in the source, or None
-    stored_group  columns per group in the output, or None
     rank          active adapter rank, or None
     refusal       why this layer cannot be exported, or None
     """
@@ -50,9 +53,8 @@ class LayerPlan:
     rule: str
     shape: tuple[int, int]
     source: str
-    stored: str
+    stored: dict[Target, StoredForm] = field(default_factory=dict)
     group_size: int | None = None
-    stored_group: int | None = None
     rank: int | None = None
     refusal: SparseportError | None = None
 
@@ -85,7 +87,14 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """Plain data for `--json`."""
         return {
-            "layers": [{**vars(layer), "refusal": layer.refused} for layer in self.layers],
+            "layers": [
+                {
+                    **vars(layer),
+                    "stored": {target: form.label for target, form in layer.stored.items()},
+                    "refusal": layer.refused,
+                }
+                for layer in self.layers
+            ],
             "tensors": self.tensors,
             "estimates": {
                 "output_mib": self.output_bytes >> 20,
@@ -111,21 +120,22 @@ def make_plan(recipe: Recipe, sources: Sources) -> Plan:
         try:
             layers.append(_plan_layer(module, module in adapted, recipe, sources))
         except SparseportError as error:
-            layers.append(LayerPlan(module, "none", (0, 0), "?", "-", refusal=error))
+            layers.append(LayerPlan(module, "none", (0, 0), "?", refusal=error))
     linear_tensors = {part for layer in layers for part in sources.linears.parts(layer.module)}
     tensors = [
         name
         for name in sources.base.names()
         if name not in linear_tensors and not _is_tied_copy(name, sources) and not name.endswith(_COMPUTED)
     ]
-    sizes = [_stored_bytes(layer) for layer in layers]
+    stored = sum(form.bytes for layer in layers for form in layer.stored.values())
     other = sum(int(np.prod(sources.base.info(name).shape)) for name in tensors)
     other *= 4 if recipe.embedding == "fp32" else 2
     weights = sum(rows * columns for rows, columns in (layer.shape for layer in layers)) + other // 2
     matrices = [layer.shape for layer in layers] + [sources.base.info(name).shape for name in tensors]
     largest = max(int(np.prod(shape)) for shape in matrices)
-    memory = _FRONTEND_MIB + (largest * 6 >> 20)
-    compressing = recipe.compress.mode != "none" or recipe.embedding == "int8"
+    # The processes that build the targets' graphs run side by side.
+    memory = _FRONTEND_MIB * len(recipe.target) + (largest * 6 >> 20)
+    compressing = "openvino" in recipe.target and (recipe.compress.mode != "none" or recipe.embedding == "int8")
     if compressing:
         memory = max(memory, _NNCF_MIB + int(weights * _NNCF_BYTES_PER_WEIGHT) // 2**20)
     # NNCF starts from the floating-point IR, which lies on the disk beside the store and the result for a while.
@@ -133,8 +143,8 @@ def make_plan(recipe: Recipe, sources: Sources) -> Plan:
     return Plan(
         layers=layers,
         tensors=tensors,
-        output_bytes=sum(sizes) + other,
-        scratch_bytes=sum(sizes) + other + (2 * (floating + other) if compressing else 0),
+        output_bytes=stored + other * len(recipe.target),
+        scratch_bytes=stored + other * len(recipe.target) + (2 * (floating + other) if compressing else 0),
         memory_mib=memory,
         numerics_memory_mib=_NUMERICS_MIB + int(weights * _NUMERICS_BYTES_PER_WEIGHT) // 2**20
         if recipe.numerics
@@ -194,23 +204,22 @@ def _plan_layer(module: str, adapted: bool, recipe: Recipe, sources: Sources) ->
     rank = None
     rule = "carry"
     if adapted and sources.tuned is not None:
-        return _plan_fq_lora(module, form, sources)
+        return _plan_fq_lora(module, form, recipe, sources)
     if adapted:
         rank = sources.rank_of(module)
         rule = _rule(module, form.quantized, sources)
     if form.group_size is not None:
-        stored_group = openvino_layout(form.group_size, shape[1], module)
-        stored = f"{'i4' if form.symmetric else 'u4'} g{stored_group}"
-        return LayerPlan(module, rule, shape, form.label, stored, form.group_size, stored_group, rank)
-    stored = "f16" if form.dtype == "float16" else "f32"
-    if recipe.compress.mode != "none":
-        stored = f"nncf {recipe.compress.mode}"
-        if recipe.compress.mode.startswith("int4"):
-            stored += f" g{_compress_group(recipe.compress.group_size, shape[1], module)}"
-    return LayerPlan(module, rule, shape, form.label, stored, rank=rank)
+        assert form.bits is not None
+        targets = {
+            target: quantized_form(target, recipe, shape, form.group_size, form.bits, bool(form.symmetric), module)
+            for target in recipe.target
+        }
+        return LayerPlan(module, rule, shape, form.label, targets, form.group_size, rank)
+    targets = {target: floating_form(target, recipe, shape, form.dtype, module) for target in recipe.target}
+    return LayerPlan(module, rule, shape, form.label, targets, rank=rank)
 
 
-def _plan_fq_lora(module: str, form: LayerFormat, sources: Sources) -> LayerPlan:
+def _plan_fq_lora(module: str, form: LayerFormat, recipe: Recipe, sources: Sources) -> LayerPlan:
     """A layer that NNCF's fake quantiser turns into integers.
 
     Raises:
@@ -229,52 +238,18 @@ def _plan_fq_lora(module: str, form: LayerFormat, sources: Sources) -> LayerPlan
     sources.tuned.release()
     columns = form.shape[1]
     group = columns if quantizer.group_size == -1 else quantizer.group_size
-    stored = columns if quantizer.bits == 8 else openvino_layout(group, columns, module)
     if quantizer.bits == 8 and group != columns:
         raise Unsupported(
             "8-bit layers are carried with one group per row", where=module, expected=columns, found=group,
             fix="compress with NNCF's default for 8-bit layers", code="E_GROUP",
         )  # fmt: skip
     kind = "sym" if quantizer.symmetric else "asym"
-    return LayerPlan(
-        module,
-        "fq_lora",
-        form.shape,
-        f"{form.label} + NNCF int{quantizer.bits} g{group} {kind}",
-        f"{'i4' if quantizer.symmetric and quantizer.bits == 4 else f'u{quantizer.bits}'} g{stored}",
-        group,
-        stored,
-        sources.rank_of(module),
-    )
-
-
-def _compress_group(group_size: int, columns: int, module: str) -> int:
-    """The group size for NNCF, if this layer can have it.
-
-    Raises:
-        BadInput: it does not divide the layer's columns.
-        Unsupported: OpenVINO computes it wrongly.
-    """
-    group = columns if group_size == -1 else group_size
-    if columns % group:
-        raise BadInput(
-            "--compress-group-size does not divide the layer's input features",
-            where=module,
-            expected=f"a divisor of {columns}",
-            found=group,
-            fix="choose 32 or 64, or -1 for one group per row",
-            code="E_GROUP",
-        )
-    if openvino_group_size(group, columns, module) != group:
-        raise Unsupported(
-            "OpenVINO computes this group size wrongly",
-            where=module,
-            expected="8, 16, 32, a multiple of 64, or -1",
-            found=group,
-            fix="choose --compress-group-size 32 or 64",
-            code="E_GROUP",
-        )
-    return group
+    targets = {
+        target: quantized_form(target, recipe, form.shape, group, quantizer.bits, quantizer.symmetric, module)
+        for target in recipe.target
+    }
+    source = f"{form.label} + NNCF int{quantizer.bits} g{group} {kind}"
+    return LayerPlan(module, "fq_lora", form.shape, source, targets, group, sources.rank_of(module))
 
 
 def _rule(module: str, quantized: bool, sources: Sources) -> str:
@@ -340,18 +315,6 @@ def _is_tied_copy(name: str, sources: Sources) -> bool:
     return sources.base.tied_head and head is not None and name == f"{head}.weight"
 
 
-def _stored_bytes(layer: LayerPlan) -> int:
-    rows, cols = layer.shape
-    if layer.stored_group and layer.group_size:
-        groups = cols // min(layer.stored_group, layer.group_size)
-        return rows * groups * (layer.stored_group + 5) // 2
-    if layer.stored.startswith("nncf int4"):
-        return rows * cols * 9 // 16
-    if layer.stored.startswith("nncf"):
-        return rows * cols
-    return rows * cols * (2 if layer.stored == "f16" else 4)
-
-
 def _notes(recipe: Recipe, sources: Sources, layers: list[LayerPlan]) -> list[str]:
     notes = list(sources.base.warnings)
     if sources.sparse is not None:
@@ -371,7 +334,7 @@ def _notes(recipe: Recipe, sources: Sources, layers: list[LayerPlan]) -> list[st
             "no sparse base was given: pruned weights cannot be told from weights that are zero by rounding, "
             "so the certificate states digests but no mask"
         )
-    if recipe.compress.mode != "none" and all(layer.stored_group for layer in layers):
+    if recipe.compress.mode != "none" and all(layer.group_size for layer in layers):
         notes.append("--compress has nothing to do: every layer is INT4 already and stays as it is")
     return notes
 
@@ -427,18 +390,21 @@ def _default_frequencies(config: dict[str, Any]) -> npt.NDArray[np.float64] | No
 
 
 def _regrouping(layers: list[LayerPlan]) -> list[str]:
-    """One sentence per pair of group sizes that differ between source and output."""
+    """One sentence per target and group size that differs between source and output."""
     pairs = Counter(
-        (layer.group_size, layer.stored_group)
+        (target, layer.group_size, form.layout)
         for layer in layers
-        if layer.group_size and layer.stored_group and layer.group_size != layer.stored_group
+        for target, form in layer.stored.items()
+        if layer.group_size and form.layout and form.layout.block != layer.group_size
     )
     notes = []
-    for (size, stored), count in sorted(pairs.items()):
-        how = f"are split losslessly, group {size} -> {stored}"
-        if stored > size:
-            how = (
-                f"have their groups of {size} filled up with zeros to {stored} columns ({stored / size:.2f} x the size)"
+    for (target, size, layout), count in sorted(pairs.items(), key=str):
+        assert layout is not None
+        steps = [f"are split losslessly, group {size} -> {layout.part}"] if layout.part != size else []
+        if layout.block != layout.part:
+            steps.append(
+                f"have their groups of {layout.part} filled up with zeros to {layout.block} columns "
+                f"({layout.growth:.2f} x the size)"
             )
-        notes.append(f"{count} layers {how}, because OpenVINO computes the original group size wrongly")
+        notes.append(f"{count} layers {' and '.join(steps)}, because {_WHY_REGROUPED[target]}")
     return notes

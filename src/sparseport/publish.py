@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +16,7 @@ TEMP_PREFIX = ".sparseport-tmp-"
 
 
 @contextmanager
-def staged_output(output: Path, overwrite: bool = False, marker: str | None = None) -> Iterator[Path]:
+def staged_output(output: Path, overwrite: bool = False, ours: Callable[[Path], bool] | None = None) -> Iterator[Path]:
     """Yield a fresh folder beside `output`; rename it to `output` if the block ends without an error.
 
     A failed or interrupted block leaves `output` as it was and removes the temporary folder. What a killed process left
@@ -25,8 +25,8 @@ def staged_output(output: Path, overwrite: bool = False, marker: str | None = No
     Args:
         output: folder to make.
         overwrite: replace an existing folder.
-        marker: name of a file that a folder must hold to be replaced, so that a mistyped path cannot cost somebody
-            their files; an empty folder may always be replaced.
+        ours: tells whether a folder is one that may be replaced, so that a mistyped path cannot cost somebody their
+            files; an empty folder may always be.
 
     Raises:
         UsageError: the output's name is one that temporary folders have.
@@ -49,19 +49,19 @@ def staged_output(output: Path, overwrite: bool = False, marker: str | None = No
     # The role comes before the name: with the name first, the stage of `m.old` would be what is set aside for `m`.
     stage, aside, lock = (parent / f"{TEMP_PREFIX}{role}-{output.name}" for role in ("stage", "aside", "lock"))
     with _locked(lock, output):
-        if aside.exists() and not output.exists() and (marker is None or (aside / marker).is_file()):
-            # A run was killed between its two renames: the old output is still whole. Without the marker it is what
+        if aside.exists() and not output.exists() and (ours is None or ours(aside)):
+            # A run was killed between its two renames: the old output is still whole. Unrecognised it is what
             # another killed run had begun to delete.
             aside.rename(output)
         if output.exists() and not output.is_dir():
             raise OutputExists("output is a file, not a folder", where=output, fix="choose another --output")
         if output.exists() and not overwrite:
             raise OutputExists("output exists already", where=output, fix="choose another --output or give --overwrite")
-        if output.exists() and marker and not (output / marker).is_file() and any(output.iterdir()):
+        if output.exists() and ours and any(output.iterdir()) and not ours(output):
             raise OutputExists(
                 "the folder to overwrite was not made by sparseport",
                 where=output,
-                expected=f"a folder with {marker}",
+                expected="a folder that holds what this command writes",
                 fix="choose another --output, or remove the folder yourself",
             )
         for leftover in (stage, aside):

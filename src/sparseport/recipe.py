@@ -12,7 +12,7 @@ from sparseport.errors import BadInput, UsageError
 from sparseport.weights.packing import ZeroPointStorage
 from sparseport.weights.rounding import RoundingRule
 
-Target = Literal["openvino"]
+Target = Literal["openvino", "onnx"]
 Compress = Literal["none", "int8_sym", "int8_asym", "int4_sym", "int4_asym"]
 
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -57,6 +57,18 @@ class CompressionRecipe(_Strict):
         return self
 
 
+class OnnxRecipe(_Strict):
+    """How the ONNX target holds and computes INT4 layers."""
+
+    format: Literal["nbits", "qdq"] = Field(
+        "nbits", description="nbits: MatMulNBits, fast in ONNX Runtime; qdq: standard operators of opset 21 only"
+    )
+    accuracy: Literal["exact", "fast"] = Field(
+        "exact", description="exact: products in float32; fast: activations are rounded to int8 first"
+    )
+    portable: bool = Field(False, description="only groups with which OpenVINO runs the same model.onnx as well")
+
+
 class Recipe(_Strict):
     """One export: what goes in, which rule merges it, and how it leaves."""
 
@@ -80,11 +92,28 @@ class Recipe(_Strict):
     gguf_dtype: Literal["float16", "float32"] = Field("float16", description="dtype of a dequantised .gguf base")
     embedding: Literal["fp16", "fp32", "int8"] = Field("fp16", description="how embedding and head are stored")
     compress: CompressionRecipe = CompressionRecipe()
+    onnx: OnnxRecipe = OnnxRecipe()
     tokenizer: bool = Field(True, description="put tokenizer and detokenizer into the folder")
     numerics: bool = Field(True, description="run the result and compare its logits with the reference")
     overwrite: bool = Field(False, description="replace an existing output")
     ignore_extra: bool = Field(False, description="leave out shard tensors that the index does not name")
     allow_pickle: bool = Field(False, description="accept .bin / .pt inputs (read without executing them)")
+
+    @model_validator(mode="after")
+    def _options_belong_to_a_target(self) -> Recipe:
+        if len(set(self.target)) != len(self.target):
+            raise ValueError("a target is named twice")
+        if "onnx" not in self.target and self.onnx != OnnxRecipe():
+            raise ValueError("the onnx options need the target onnx")
+        if "onnx" in self.target and self.compress.mode != "none":
+            raise ValueError(
+                "compression is OpenVINO's; export to onnx in a run of its own, where floating-point layers stay so"
+            )
+        return self
+
+    def folder_of(self, target: Target, output: Path) -> Path:
+        """Folder of a target: the output itself, or one of several in it."""
+        return output if len(self.target) == 1 else output / target
 
 
 class ModelSource(_Strict):

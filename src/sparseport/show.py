@@ -36,13 +36,16 @@ def show_plan(plan: Plan) -> None:
     """Print a dry run: every layer, what would be refused, and the estimates."""
     console = _console()
     table = Table(title="plan", title_justify="left")
-    for name in ("layer", "rule", "rank", "shape", "source", "stored"):
+    targets = list(dict.fromkeys(target for layer in plan.layers for target in layer.stored))
+    for name in ("layer", "rule", "rank", "shape", "source", *targets):
         table.add_column(name, overflow="fold")
     for layer in plan.layers:
         rank = "" if layer.rank is None else str(layer.rank)
         shape = f"{layer.shape[0]}x{layer.shape[1]}"
-        stored = f"[red]refused: {printable(layer.refused)}[/red]" if layer.refused else layer.stored
-        table.add_row(printable(layer.module), layer.rule, rank, shape, layer.source, stored)
+        stored = [layer.stored[target].label for target in targets if target in layer.stored]
+        if layer.refused:
+            stored = [f"[red]refused: {printable(layer.refused)}[/red]"]
+        table.add_row(printable(layer.module), layer.rule, rank, shape, layer.source, *stored)
     console.print(table)
     rules = Counter(layer.rule for layer in plan.layers)
     console.print("rules: " + ", ".join(f"{rule} {count}" for rule, count in sorted(rules.items())))
@@ -68,12 +71,15 @@ def show_export(result: ExportResult) -> None:
             f"  sparsity {float(totals['sparsity']):.2%}: {totals['pruned']:,} pruned, "
             f"{totals['revived']:,} of them not zero"
         )
-    equal, total = read_back(result.certificate)
-    console.print(f"  read back from disk: {equal} of {total} layers equal")
-    if result.certificate.body["numerics"]["run"]:
-        show_numerics(result.certificate.body["numerics"])
-    else:
-        console.print("  logits: not compared (--no-numerics)")
+    for export in result.exports:
+        if len(result.exports) > 1:
+            console.print(f"  [bold]{export.target}[/bold]")
+        equal, total = read_back(export.certificate)
+        console.print(f"  read back from disk: {equal} of {total} layers equal")
+        if export.certificate.body["numerics"]["run"]:
+            show_numerics(export.certificate.body["numerics"])
+        else:
+            console.print("  logits: not compared (--no-numerics)")
     _print_command(console, "  proof again any time: ", f"sparseport verify {shlex.quote(str(result.folder))}")
 
 
@@ -81,7 +87,8 @@ def read_back(certificate: Certificate) -> tuple[int, int]:
     """How many linear layers stood on the disk as they were merged (or compressed), and how many layers there are."""
     layers = certificate.linears.values()
     equal = sum(
-        facts["readback"].get("openvino") == facts.get("compressed_sha256", facts["weight_sha256"]) for facts in layers
+        facts["readback"].get(certificate.target) == facts.get("compressed_sha256", facts["weight_sha256"])
+        for facts in layers
     )
     return equal, len(layers)
 
@@ -89,23 +96,34 @@ def read_back(certificate: Certificate) -> tuple[int, int]:
 def show_numerics(numerics: dict[str, Any]) -> None:
     """Print both answers of the numeric check."""
     console = _console()
-    full, default = numerics["full_precision"], numerics["default"]
-    console.print(
-        f"  logits at full precision: max |difference| {full['judged_max_abs']} against torch {full['judged_against']} "
-        f"(allowed {full['allowed']})"
-    )
-    console.print(f"  logits at default settings: KL {default['kl']}, top-1 agreement {float(default['top1']):.2%}")
+    for label, run in numerics.items():
+        if not isinstance(run, dict):
+            continue
+        name = "default settings" if label == "default" else label.replace("_", " ")
+        if "allowed" in run:
+            console.print(
+                f"  logits at {name}: max |difference| {run['judged_max_abs']} against torch {run['judged_against']} "
+                f"(allowed {run['allowed']})"
+            )
+        else:
+            console.print(f"  logits at {name}: KL {run['kl']}, top-1 agreement {float(run['top1']):.2%}")
 
 
-def show_verdict(verdict: Verdict) -> None:
-    """Print a verdict."""
+def show_verdicts(verdicts: list[Verdict], numerics: list[dict[str, Any] | None], unequal: list[str]) -> None:
+    """Print the verdict of each folder, with its logits if they were compared, and what differs between folders."""
     console = _console()
-    for difference in verdict.differences:
+    for difference in unequal:
         console.print(f"[red]{printable(difference)}[/red]", soft_wrap=True)
-    console.print(
-        f"{len(verdict.differences)} differences in {verdict.files} files, {verdict.linears} linear layers and "
-        f"{verdict.tensors} other tensors"
-    )
+    for verdict, found in zip(verdicts, numerics, strict=True):
+        for difference in verdict.differences:
+            console.print(f"[red]{printable(difference)}[/red]", soft_wrap=True)
+        name = f"{verdict.folder.name}: " if len(verdicts) > 1 else ""
+        console.print(
+            f"{printable(name)}{len(verdict.differences)} differences in {verdict.files} files, {verdict.linears} "
+            f"linear layers and {verdict.tensors} other tensors"
+        )
+        if found:
+            show_numerics(found)
 
 
 def show_demo(result: dict[str, Any]) -> None:

@@ -14,18 +14,25 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 FRONTEND = "sparseport.targets.openvino.frontend"
+BUILDER = "sparseport.targets.onnx.builder"
 STEPS = {
     FRONTEND: "build_frontend",
+    BUILDER: "build_graph",
     "sparseport.verify.numerics": "compare_logits",
     "sparseport.checkpoints.gguf": "_convert",
 }
-_USERS = ("sparseport.pipeline", "sparseport.sources", "sparseport.targets.openvino.writer")
+_USERS = (
+    "sparseport.verify.judge",
+    "sparseport.sources",
+    "sparseport.targets.openvino.writer",
+    "sparseport.targets.onnx.writer",
+)
 _traced: dict[str, tuple[dict[str, Any], tempfile.TemporaryDirectory[str]]] = {}
 
 
@@ -43,7 +50,7 @@ class InProcess:
 
     def result(self) -> dict[str, Any]:
         step = getattr(importlib.import_module(self._module), STEPS[self._module])
-        if self._module == FRONTEND and self._request["tokenizer"] is None:
+        if self._module == BUILDER or (self._module == FRONTEND and self._request["tokenizer"] is None):
             return _trace_once(step, self._request)
         result: dict[str, Any] = step(**self._request)
         return result
@@ -52,8 +59,11 @@ class InProcess:
 def _trace_once(step: Any, request: dict[str, Any]) -> dict[str, Any]:
     config = json.loads(Path(request["config"]).read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
-    small = Path(request["small_tensors"]).read_bytes()
-    key = hashlib.sha256(json.dumps(config, sort_keys=True).encode() + small).hexdigest()
+    # The builder takes token ids from generation_config.json; OpenVINO's frontend takes small tensors.
+    others = [Path(request["config"]).with_name("generation_config.json")]
+    others += [Path(request[key]) for key in ("small_tensors",) if key in request]
+    text = json.dumps(config, sort_keys=True).encode() + b"".join(path.read_bytes() for path in others)
+    key = hashlib.sha256(step.__name__.encode() + text).hexdigest()
     output = Path(request["output"])
     if key not in _traced:
         answer = step(**request)
@@ -68,6 +78,7 @@ def _trace_once(step: Any, request: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def in_process() -> Iterator[None]:
     """Run every step of an export in this process."""
-    with mock.patch(f"{_USERS[0]}.Child", InProcess), mock.patch(f"{_USERS[1]}.Child", InProcess):
-        with mock.patch(f"{_USERS[2]}.Child", InProcess):
-            yield
+    with ExitStack() as patches:
+        for user in _USERS:
+            patches.enter_context(mock.patch(f"{user}.Child", InProcess))
+        yield

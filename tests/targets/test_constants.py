@@ -15,7 +15,8 @@ from sparseport.targets.openvino import readback
 from sparseport.targets.openvino.constants import swap_constants
 from sparseport.targets.openvino.store import WeightStore
 from sparseport.weights.digest import digest
-from sparseport.weights.grouping import collapse, for_openvino, openvino_layout
+from sparseport.weights.grouping import collapse
+from sparseport.weights.layouts import GroupLayout, in_layout, openvino_layout
 from sparseport.weights.linear import DenseWeight, QuantizedWeight
 from sparseport.weights.rounding import dequantize
 
@@ -71,7 +72,7 @@ def test_every_group_size_computes_right(tmp_path: Path, group: int, symmetric: 
     """48, 80 and 96 are sizes for which the CPU plugin gives garbage, in f32 or bf16, unless they are split; 5, 15 and
     60 are filled up."""
     weight = _weight(24, 960, group, symmetric=symmetric, order=order)
-    xml = _export(weight, for_openvino(weight, openvino_layout(group, 960, "layer")), tmp_path)
+    xml = _export(weight, in_layout(weight, openvino_layout(group, 960, "layer")), tmp_path)
     x = np.random.default_rng(0).normal(size=(3, 960)).astype(np.float32)
     assert np.allclose(_run(xml, x), x @ dequantize(weight).T, rtol=1e-4, atol=1e-4)
     (item,) = readback.weights(readback.read_model(xml))
@@ -81,7 +82,7 @@ def test_every_group_size_computes_right(tmp_path: Path, group: int, symmetric: 
 
 def test_a_filling_column_that_is_not_zero_is_found(tmp_path: Path) -> None:
     weight = _weight(8, 60, 12)
-    filled = for_openvino(weight, 16)
+    filled = in_layout(weight, GroupLayout(12, 16))
     codes = filled.codes.copy()
     codes[3, 15] ^= 1
     xml = _export(weight, replace(filled, codes=codes), tmp_path)

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from sparseport.errors import BadInput
-from sparseport.targets.openvino.folder import copy_tokenizer_files, write_config, write_generation_config
-from sparseport.targets.openvino.tokenizer import check_ids, convert_tokenizer_folder
+from sparseport.targets.model_files import copy_tokenizer_files, write_config, write_generation_config
+from sparseport.targets.openvino.tokenizer import convert_tokenizer_folder
+from sparseport.targets.tokenizer_files import check_ids
 
 HOME = "/home/alice/models"
 

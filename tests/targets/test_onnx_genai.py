@@ -42,11 +42,10 @@ def test_a_model_that_never_stops_is_refused(tmp_path: Path) -> None:
 def test_greedy_tokens_are_those_of_the_logits(tiny_base: Path, tmp_path: Path) -> None:
     genai = pytest.importorskip("onnxruntime_genai")
     from sparseport.checkpoints.folder import ModelFolder
-    from sparseport.checkpoints.safetensors import spec_of, write_safetensors
+    from sparseport.targets.model_files import write_config, write_generation_config
     from sparseport.targets.onnx.builder import build_graph
     from sparseport.targets.onnx.graph import write_model
-    from sparseport.targets.onnx.layout import OnnxStore
-    from sparseport.targets.openvino.folder import write_config, write_generation_config
+    from sparseport.targets.onnx.store import OnnxStore
     from sparseport.verify.numerics import logits_of, reference_model
     from sparseport.weights.linear import DenseWeight
 
@@ -56,13 +55,12 @@ def test_greedy_tokens_are_those_of_the_logits(tiny_base: Path, tmp_path: Path) 
     with ModelFolder.open(tiny_base) as base, OnnxStore(scratch / "weights.pack") as store:
         write_config(base.config, out)
         write_generation_config(base.path, base.config, out)
-        small = [spec_of(n, np.array(base.read(n))) for n in base.names() if len(base.info(n).shape) < 2]
-        write_safetensors(scratch / "small.safetensors", small)
-        answer = build_graph(str(out / "config.json"), str(scratch / "small.safetensors"), str(scratch / "graph"))
+        small = {n: np.array(base.read(n)) for n in base.names() if len(base.info(n).shape) < 2}
+        answer = build_graph(str(out / "config.json"), str(scratch / "graph"))
         modules = [*base.linear_names(), "model.embed_tokens"]
-        stored = {module: store.add_dense(base.read(f"{module}.weight")) for module in modules}
+        stored = {module: store.add_dense(f"{module}.weight", base.read(f"{module}.weight")) for module in modules}
         skeleton = scratch / "graph" / "skeleton.onnx"
-        write_model(skeleton, out, answer["matmuls"], stored, "model.embed_tokens", answer["tied"], store, 1)
+        write_model(skeleton, out, answer, stored, small, store, 1)
         every = {name: DenseWeight(np.array(base.read(name))) for name in base.names()}
     write_genai_config(scratch / "graph", out)
     shutil.rmtree(scratch)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sparseport.errors import VerificationError
+from sparseport.targets.openvino.readback import OpenVinoReader
 from sparseport.verify.bits import digest_graph
 
 ov = pytest.importorskip("openvino")
@@ -24,7 +25,7 @@ def _graph(place: str = "__module.layer/matmul", *, transpose: bool = True, extr
     y = ops.matmul(x, weight, False, transpose, name=place)
     if extra is not None:
         y = ops.matmul(y, ops.constant(np.ones((3, 4), np.float32), name=extra), False, True)
-    return ov.Model([y], [x], "graph")
+    return OpenVinoReader(ov.Model([y], [x], "graph"))
 
 
 def test_a_weight_in_its_place_is_digested() -> None:

@@ -14,9 +14,6 @@ from sparseport.weights.grouping import (
     all_zero_points_are,
     collapse,
     fill_groups,
-    for_openvino,
-    openvino_group_size,
-    openvino_layout,
     regroup,
     without_filling,
 )
@@ -66,55 +63,6 @@ def test_groups_are_not_split_where_that_is_lossy():
         regroup(random_weight(0, 1, 2, 48), 32)
 
 
-def test_openvino_gets_safe_group_sizes_only():
-    for size in range(1, 1100):
-        assert openvino_group_size(size, size, "layer") == size  # one group per row is always safe
-        powers = [power for power in (8, 16, 32, 64) if size % power == 0]
-        if not powers:
-            with pytest.raises(Unsupported, match="computes this group size wrongly") as caught:
-                openvino_group_size(size, 3 * size, "layer")
-            assert caught.value.code == "E_GROUP" and caught.value.exit_code == 7
-            continue
-        chosen = openvino_group_size(size, 3 * size, "layer")
-        assert size % chosen == 0
-        assert chosen in (8, 16, 32) or chosen % 64 == 0
-        assert chosen == (size if size % 64 == 0 else max(powers))
-
-
-@pytest.mark.parametrize(
-    ("size", "chosen"),
-    [
-        (8, 8),
-        (16, 16),
-        (24, 8),
-        (32, 32),
-        (40, 8),
-        (48, 16),
-        (64, 64),
-        (80, 16),
-        (96, 32),
-        (112, 16),
-        (120, 8),
-        (128, 128),
-        (160, 32),
-        (192, 192),
-        (240, 16),
-        (256, 256),
-        (320, 320),
-        (480, 32),
-        (1024, 1024),
-    ],
-)
-def test_openvino_group_size_table(size, chosen):
-    assert openvino_group_size(size, 15 * 1024 * size, "layer") == chosen
-
-
-@pytest.mark.parametrize("size", [1, 2, 4, 5, 6, 10, 12, 15, 20, 30, 36, 50, 60, 63, 86, 91, 100, 125, 250, 500])
-def test_openvino_refuses_what_cannot_be_split(size):
-    with pytest.raises(Unsupported):
-        openvino_group_size(size, 4 * size, "layer")
-
-
 def test_symmetric_weights_are_recognised():
     weight = random_weight(0, 2, 2, 4)
     eights = replace(weight, zero_points=np.full((2, 2), 8, np.uint8))
@@ -155,13 +103,3 @@ def test_filling_is_checked():
         without_filling(replace(filled, input_order=order), "layer")
     with pytest.raises(Unsupported, match="fewer"):
         fill_groups(filled, 5)
-
-
-def test_every_group_size_has_a_layout_for_openvino():
-    for size in range(1, 700):
-        chosen = openvino_layout(size, 3 * size, "layer")
-        assert chosen in (8, 16, 32) or chosen % 64 == 0
-        assert size % chosen == 0 or size < chosen < size + 64
-    assert [openvino_layout(size, 960, "layer") for size in (1, 5, 12, 20, 36, 96, 100)] == [8, 8, 16, 32, 64, 32, 128]
-    weight = random_weight(0, 2, 3, 12)
-    assert for_openvino(weight, 16).group_size == 16 and for_openvino(weight, 4).group_size == 4

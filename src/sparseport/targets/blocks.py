@@ -6,6 +6,8 @@ in another order, so that neither step holds more than one layer.
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +18,7 @@ from sparseport.weights.linear import U8, Array
 
 # Memory maps want aligned starts; 64 bytes is a cache line and what OpenVINO itself uses.
 _ALIGNMENT = 64
+_PIECE = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,19 @@ class BlockFile:
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         self._file.write(data.data)
         return Block(offset, data.size, element_type, shape)
+
+    def pieces(self, block: Block) -> Iterator[bytes]:
+        """The block's bytes in order, a few megabytes at a time, without mapping the file."""
+        self._file.flush()
+        with self.path.open("rb") as file:
+            file.seek(block.offset)
+            left = block.size
+            while left:
+                piece = file.read(min(left, _PIECE))
+                if not piece:
+                    raise OSError(errno.EIO, "the scratch file is shorter than what was written", str(self.path))
+                left -= len(piece)
+                yield piece
 
     def view(self, block: Block) -> U8:
         """The block's bytes, memory-mapped, read-only: uint8 [size]."""

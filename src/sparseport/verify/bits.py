@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sparseport.checkpoints.folder import HEADS
-from sparseport.errors import VerificationError
-from sparseport.targets.openvino import readback
+from sparseport.errors import FidelityError, VerificationError
+from sparseport.targets.read_back import GraphReader
 from sparseport.weights.digest import array_digest, digest, value_digest
 from sparseport.weights.grouping import collapse
 from sparseport.weights.linear import DenseWeight, QuantizedWeight
@@ -35,14 +34,15 @@ class GraphDigests:
 
 
 def digest_graph(
-    model: Any, linears: Facts, tensors: Facts, on_step: Callable[[], None] = lambda: None
+    graph: GraphReader, linears: Facts, tensors: Facts, on_step: Callable[[], None] = lambda: None
 ) -> GraphDigests:
-    """Digest every certified weight of an `openvino.Model` read from disk, in one pass.
+    """Digest every certified weight of a graph read from disk, in one pass.
 
     Args:
-        model: the graph.
-        linears: per module, `shape` and `group_size` as certified.
-        tensors: per tensor name, `shape`; the graph may hold it with extra dimensions of 1.
+        graph: the parsed graph.
+        linears: per module, `shape` and `group_size` as certified, and `places` where the target certifies them.
+        tensors: per tensor name, `shape` (the graph may hold it with extra dimensions of 1), and `added` if something
+            was added to every element.
         on_step: called after each linear layer.
 
     Raises:
@@ -50,11 +50,12 @@ def digest_graph(
         VerificationError: the operations around a weight are not a dequantisation, or it feeds another layer.
     """
     found = GraphDigests()
-    for item in readback.weights(model):
+    shapes = {name: tuple(int(length) for length in facts["shape"]) for name, facts in ({**linears, **tensors}).items()}
+    for item in graph.weights(shapes):
         module = item.name.removesuffix(".weight")
         weight = item.weight
         if module in linears:
-            _check_places(module, item.places, bool(linears[module].get("tied_head")))
+            _check_places(graph, module, item.places, linears[module])
             group_size = linears[module].get("group_size")
             if isinstance(weight, QuantizedWeight) and group_size:
                 weight = collapse(weight, int(group_size), module)
@@ -62,27 +63,77 @@ def digest_graph(
             found.kinds[module] = item.element_type
             on_step()
         elif item.name in tensors:
+            if "places" in tensors[item.name]:
+                _check_places(graph, item.name, item.places, tensors[item.name])
+            if item.added != tensors[item.name].get("added", 0):
+                raise VerificationError(
+                    "tensor is stored in another form", where=item.name, found=f"added {item.added}"
+                )
             if isinstance(weight, DenseWeight):
-                values = weight.values.reshape([int(length) for length in tensors[item.name]["shape"]])
+                values = weight.values.reshape(shapes[item.name])
                 found.tensors[item.name] = array_digest(values)
                 found.values[item.name] = value_digest(values)
             else:
                 found.tensors[item.name] = digest(weight)
                 found.values[item.name] = None
     known = set(found.linears) | set(found.tensors) | {f"{module}.weight" for module in found.linears}
-    found.unproven = readback.unnamed_matrices(model, known)
+    found.unproven = graph.unnamed_matrices(known)
     return found
 
 
-def _check_places(module: str, places: tuple[str, ...], tied_head: bool) -> None:
-    """The traced graph names every operation after its module: a weight must sit where its name says.
-
-    tied_head  the weight is the embedding, and the head uses it too
+def _check_places(graph: GraphReader, name: str, places: tuple[str, ...], facts: Mapping[str, Any]) -> None:
+    """A weight must sit where its name says and, where the certificate lists its places, exactly there.
 
     Raises:
         VerificationError: it feeds another layer.
     """
-    allowed = [module, *(HEADS if tied_head else ())]
-    for place in places:
-        if not place.startswith(tuple(f"__module.{name}/" for name in allowed)):
-            raise VerificationError("weight feeds another layer than its own", where=module, found=place)
+    wrong = graph.misplaced(name, places, bool(facts.get("tied_head")))
+    if wrong is not None:
+        raise VerificationError("weight feeds another layer than its own", where=name, found=wrong)
+    if "places" in facts and sorted(facts["places"]) != sorted(places):
+        raise VerificationError(
+            "weight is used elsewhere than certified", where=name, expected=facts["places"], found=list(places)
+        )
+
+
+def require_read_back(
+    graph: GraphReader,
+    target: str,
+    linears: dict[str, dict[str, Any]],
+    tensors: dict[str, dict[str, Any]],
+    on_step: Callable[[], None] = lambda: None,
+) -> None:
+    """Compare every weight of a written graph with what was merged; on success the digests enter the facts.
+
+    Raises:
+        FidelityError: a weight in the file is not the one that was merged, or the graph uses one that nobody merged.
+    """
+    file = graph.graph_file
+    found = digest_graph(graph, linears, tensors, on_step)
+    if found.unproven:
+        raise FidelityError(
+            "the graph uses a matrix that no input gave", where=f"{file}, {found.unproven[0]}", code="E_READBACK"
+        )
+    for module, facts in linears.items():
+        expected = facts.get("compressed_sha256", facts["weight_sha256"])
+        if found.linears.get(module) != expected:
+            raise FidelityError(
+                "the written weight is not the merged one",
+                where=f"{file}, {module}",
+                expected=expected[:16],
+                found=str(found.linears.get(module))[:16],
+                code="E_READBACK",
+            )
+        facts["readback"][target] = found.linears[module]
+        # What the plan expected is not always what is best to store: all zero-points of 8 make u4 an i4.
+        stored_group = facts.get("stored_group_size")
+        facts["stored"] = found.kinds[module] + (f" g{stored_group}" if stored_group else "")
+    for name, facts in tensors.items():
+        same = (
+            found.tensors.get(name) == facts["compressed_sha256"]
+            if "compressed_sha256" in facts
+            else found.values.get(name) == facts["value_sha256"]
+        )
+        if not same:
+            raise FidelityError("the written tensor is not the source's", where=f"{file}, {name}", code="E_READBACK")
+        facts["readback"][target] = found.tensors[name]

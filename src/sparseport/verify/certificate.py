@@ -22,6 +22,7 @@ from sparseport.errors import SparseportError, Unsupported, VerificationError
 
 FILE_NAME = "sparseport.json"
 SCHEMA = 1
+TARGETS = ("openvino", "onnx")
 _SEAL = "certificate_sha256"
 _PROOF = "proof_sha256"
 
@@ -31,6 +32,18 @@ class Certificate:
     """A certificate's content as plain data; `body` has no seal."""
 
     body: dict[str, Any]
+
+    @property
+    def target(self) -> str:
+        """The runtime that the folder is for; the first certificates named none and were OpenVINO's."""
+        return str(self.body.get("target", "openvino"))
+
+    @property
+    def portable(self) -> bool:
+        """Whether OpenVINO runs the ONNX folder as well."""
+        recipe = self.body.get("recipe")
+        onnx = recipe.get("onnx") if isinstance(recipe, dict) else None
+        return isinstance(onnx, dict) and onnx.get("portable") is True
 
     @property
     def linears(self) -> dict[str, dict[str, Any]]:
@@ -114,6 +127,19 @@ class Certificate:
         return certificate
 
 
+def certified_folders(folder: Path) -> list[Path]:
+    """The exported folders at a place: the folder itself, or the folders of several targets if it holds only those.
+
+    The list is empty if it is neither, or if there is something else beside them.
+    """
+    if (folder / FILE_NAME).is_file():
+        return [folder]
+    inside = sorted(folder.iterdir()) if folder.is_dir() else []
+    if all(path.name in TARGETS and not path.is_symlink() and (path / FILE_NAME).is_file() for path in inside):
+        return inside
+    return []
+
+
 def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
@@ -131,7 +157,11 @@ def _is_shape(value: object) -> bool:
 
 
 def _is_read_back(value: object) -> bool:
-    return isinstance(value, dict) and "openvino" in value and all(map(_is_text, value.values()))
+    return isinstance(value, dict) and len(value) == 1 and all(map(_is_text, value.values()))
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
 
 
 def _is_true_or_false(value: object) -> bool:
@@ -145,7 +175,12 @@ _OF_EVERY_ENTRY: dict[str, _Checks] = {
     "linears": {"shape": _is_shape, "readback": _is_read_back},
     "tensors": {"shape": _is_shape, "readback": _is_read_back},
 }
-_WHERE_PRESENT: _Checks = {"group_size": _is_group_size, "tied_head": _is_true_or_false}
+_WHERE_PRESENT: _Checks = {
+    "group_size": _is_group_size,
+    "tied_head": _is_true_or_false,
+    "places": _is_names,
+    "added": _is_count,
+}
 _OF_TOTALS: _Checks = {
     **dict.fromkeys(("linears", "int4_linears", "weights", "masked_weights", "pruned", "revived"), _is_count),
     "sparsity": _is_text,
@@ -160,12 +195,22 @@ def _check_structure(data: dict[str, Any], path: Path) -> None:
     """
     if not _is_text(data.get("sparseport")):
         raise VerificationError("the certificate lacks a part", where=path, expected="sparseport, a version")
+    target = data.get("target", "openvino")
+    if target not in TARGETS:
+        raise VerificationError("the certificate has an unknown target", where=path, expected=TARGETS, found=target)
     for part, checks in _OF_EVERY_ENTRY.items():
         entries = data.get(part)
         if not isinstance(entries, dict) or (part == "files" and not entries):
             raise VerificationError("the certificate lacks a part", where=path, expected=part)
         for name, facts in entries.items():
-            _check_entry(facts, checks, _WHERE_PRESENT if part == "linears" else {}, f"{path}, {part}, {name}")
+            _check_entry(facts, checks, {} if part == "files" else _WHERE_PRESENT, f"{path}, {part}, {name}")
+            if part != "files" and target not in facts["readback"]:
+                raise VerificationError(
+                    "the certificate's entry was not read back from its target's folder",
+                    where=f"{path}, {part}, {name}",
+                    expected=target,
+                    found=", ".join(facts["readback"]),
+                )
     for name in data["files"]:
         if not _is_inside(name):
             raise VerificationError("the certificate names a file outside the folder", where=path, found=name[:80])

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from sparseport.errors import SparseportError, VerificationError
-from sparseport.targets.openvino import readback
+from sparseport.targets.read_back import open_reader
 from sparseport.verify.bits import digest_graph
 from sparseport.verify.certificate import FILE_NAME, Certificate, file_facts
+
+GRAPH_FILES = {"openvino": ("openvino_model.xml", "openvino_model.bin"), "onnx": ("model.onnx", "model.onnx.data")}
+"""Per target, the files of the graph and of its weights."""
 
 
 @dataclass(frozen=True)
@@ -70,26 +73,44 @@ def verify(folder: Path | str, strict: bool = True, on_step: Callable[[], None] 
     if strict:
         extra = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir() or p.is_symlink()}
         differences.extend(f"{name}: not in the certificate" for name in sorted(extra - set(known) - {FILE_NAME}))
-    if not any(name.startswith("openvino_model.") and "missing" in name for name in differences):
-        differences.extend(_weight_differences(folder / "openvino_model.xml", certificate, on_step))
+    graph_files = GRAPH_FILES[certificate.target]
+    if not any(name.startswith(graph_files) and "missing" in name for name in differences):
+        differences.extend(_weight_differences(folder, certificate, graph_files, on_step))
     return Verdict(folder, len(known), len(certificate.linears), len(certificate.tensors), differences, certificate)
 
 
-def _weight_differences(xml: Path, certificate: Certificate, on_step: Callable[[], None]) -> list[str]:
+def _weight_differences(
+    folder: Path, certificate: Certificate, files: tuple[str, str], on_step: Callable[[], None]
+) -> list[str]:
+    graph_file, data_file = files
+    target = certificate.target
     certified = {"weight": certificate.linears, "tensor": certificate.tensors}
     try:
-        found = digest_graph(readback.read_model(xml), certified["weight"], certified["tensor"], on_step)
+        found = digest_graph(open_reader(target, folder), certified["weight"], certified["tensor"], on_step)
     except SparseportError as error:
-        return [f"openvino_model.xml: {error.what}{f' ({error.where})' if error.where else ''}"]
+        return [f"{graph_file}: {error.what}{f' ({error.where})' if error.where else ''}"]
     except Exception as error:  # a damaged graph can fail anywhere in the reader: that is a difference, not a bug
-        return [f"openvino_model.xml: cannot be read back ({type(error).__name__}: {str(error).splitlines()[:1]})"]
-    differences = [f"openvino_model.xml: matrix {name} is used but not certified" for name in found.unproven]
+        return [f"{graph_file}: cannot be read back ({type(error).__name__}: {str(error).splitlines()[:1]})"]
+    differences = [f"{graph_file}: matrix {name} is used but not certified" for name in found.unproven]
     for kind, digests in (("weight", found.linears), ("tensor", found.tensors)):
         for name, facts in sorted(certified[kind].items()):
             if name not in digests:
-                differences.append(f"openvino_model: {kind} {name} is not in the graph")
-            elif digests[name] != facts["readback"]["openvino"]:
-                differences.append(f"openvino_model.bin: {kind} {name} changed")
+                differences.append(f"{graph_file}: {kind} {name} is not in the graph")
+            elif digests[name] != facts["readback"][target]:
+                differences.append(f"{data_file}: {kind} {name} changed")
+    return differences
+
+
+def unequal_weights(verdicts: list[Verdict]) -> list[str]:
+    """Layers of which the certificates of several targets say different things: all come from one merge."""
+    linears = [verdict.certificate.linears for verdict in verdicts if verdict.certificate]
+    first, *others = linears or [{}]
+    digests = {module: facts.get("weight_sha256") for module, facts in first.items()}
+    differences = []
+    for other in others:
+        theirs = {module: facts.get("weight_sha256") for module, facts in other.items()}
+        unequal = sorted(m for m in {*digests, *theirs} if digests.get(m) != theirs.get(m))
+        differences += [f"{module}: the targets' certificates name different weights" for module in unequal]
     return differences
 
 
@@ -99,11 +120,22 @@ def require(verdict: Verdict) -> None:
     Raises:
         VerificationError: lists the first differences.
     """
-    if not verdict.ok:
-        shown = "; ".join(verdict.differences[:5])
-        more = f" (and {len(verdict.differences) - 5} more)" if len(verdict.differences) > 5 else ""
+    require_all([verdict], [])
+
+
+def require_all(verdicts: list[Verdict], unequal: list[str]) -> None:
+    """Raise if a verdict has differences, or if `unequal_weights` found some between them.
+
+    Raises:
+        VerificationError: lists the first differences.
+    """
+    differences = unequal + [difference for verdict in verdicts for difference in verdict.differences]
+    if differences:
+        shown = "; ".join(differences[:5])
+        more = f" (and {len(differences) - 5} more)" if len(differences) > 5 else ""
+        wrong = next((verdict for verdict in verdicts if not verdict.ok), verdicts[0])
         raise VerificationError(
-            f"{len(verdict.differences)} differences from the certificate: {shown}{more}",
-            where=verdict.folder,
+            f"{len(differences)} differences from the certificate: {shown}{more}",
+            where=wrong.folder,
             fix="export again, or copy the folder again from its source",
         )

@@ -1,7 +1,7 @@
-"""Does the written graph compute the model? Logits of OpenVINO against a torch model made of the read-back weights.
+"""Does the written graph compute the model? Logits of its runtime against a torch model of the read-back weights.
 
-Two answers are given and never mixed. At full precision (f32, no dynamic quantisation of activations, f32 KV cache)
-the two must agree closely; at the runtime's default settings they drift, and the drift is reported.
+Two answers are given and never mixed. At full precision (float32, no quantisation of activations or KV cache) the two
+must agree closely; at the settings that applications get they may drift, and the drift is reported.
 Run as a child process, because it loads torch, transformers and the whole dequantised model.
 """
 
@@ -15,17 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from sparseport.errors import FidelityError
+from sparseport.targets.read_back import GraphReader, open_reader
+from sparseport.verify.runs import DECODE_TOKENS, PREFILL_TOKENS, runs_of
 from sparseport.weights.linear import DenseWeight, QuantizedWeight
 from sparseport.weights.rounding import dequantize
 
 TOLERANCE = 1e-3
 """Largest allowed |difference of logits| at full precision."""
-
-FULL_PRECISION = {
-    "INFERENCE_PRECISION_HINT": "f32",
-    "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
-    "KV_CACHE_PRECISION": "f32",
-}
 
 SAMPLE_TEXT = (
     "The lighthouse keeper counted 27 ships before noon. Each carried salt, timber or wool, and each paid its toll in "
@@ -35,38 +31,32 @@ SAMPLE_TEXT = (
     "The next morning the harbour was quiet again, and the keeper wrote only two words in his book: all well."
 )
 
-# Tokens read in one go, and tokens fed one by one through the KV cache afterwards.
-PREFILL_TOKENS = 96
-DECODE_TOKENS = 16
-
 F32 = npt.NDArray[np.float32]
 
 
-def compare_logits(folder: str) -> dict[str, Any]:
+def compare_logits(folder: str, target: str = "openvino", portable: bool = False) -> dict[str, Any]:
     """Run reference and folder on the same tokens and compare.
 
     Args:
-        folder: a written OpenVINO folder (the tokenizer in it is used; without one, fixed pseudo-random tokens are).
+        folder: a written folder (the tokenizer in it is used; without one, fixed pseudo-random tokens are).
+        target: what it was written for.
+        portable: whether OpenVINO has to run the ONNX folder as well.
 
     Returns:
-        `full_precision` and `default`, each with `max_abs`, `kl`, `top1` as decimal strings and the settings used; for
-        full precision also `judged_max_abs` and `allowed`; `tokens`, `prefill_tokens` and `text`.
+        `full_precision` and `default`, and where there are other settings to choose a key for each of those: each with
+        `max_abs`, `kl`, `top1` as decimal strings and the settings used; for full precision also `judged_max_abs` and
+        `allowed`; `tokens`, `prefill_tokens` and `text`.
     """
-    import openvino as ov
-
-    from sparseport.targets.openvino import readback
-
     path = Path(folder)
-    model = ov.Core().read_model(path / "openvino_model.xml")
     tokens, from_text = _tokens(path)
-    network = reference_model(path, ((item.name, item.weight) for item in readback.weights(model)))
+    network = reference_of(path, open_reader(target, path))
     reference = logits_of(network, tokens)
     compared: dict[str, dict[str, Any]] = {}
-    for label, settings in (("full_precision", FULL_PRECISION), ("default", {})):
-        logits = _run(model, tokens, settings)
-        compared[label] = {**drift(reference, logits), "settings": dict(settings)}
-        if label == "full_precision":
-            compared[label] |= _judge(network, tokens, reference, logits)
+    for run in runs_of(target, path, portable):
+        logits = run.logits(tokens)
+        compared[run.label] = {**drift(reference, logits), "settings": dict(run.settings)}
+        if run.judged:
+            compared[run.label] |= _judge(network, tokens, reference, logits)
     return {
         **compared,
         "tokens": len(tokens),
@@ -79,8 +69,8 @@ def _judge(network: Any, tokens: list[int], reference: F32, logits: F32) -> dict
     """The largest difference that is allowed, and against what it is measured.
 
     Some models have a token whose activations are huge; there float32 itself is off by more than the tolerance, torch's
-    as well as OpenVINO's. Then the reference is run once more in float64, and OpenVINO may be as far from it as twice
-    torch's float32 is.
+    as well as the runtime's. Then the reference is run once more in float64, and the runtime may be as far from it as
+    twice torch's float32 is.
     """
     largest = float(np.abs(reference - logits).max())
     if not largest > TOLERANCE:  # also when it is NaN, which the caller refuses
@@ -116,35 +106,59 @@ def logits_of(network: Any, tokens: list[int]) -> F32:
         return np.asarray(network(torch.tensor([tokens])).logits[0].float().numpy())
 
 
+def reference_of(folder: Path, graph: GraphReader) -> Any:
+    """The Hugging Face model of `config.json` in float32, filled with the weights of a graph.
+
+    Raises: as `reference_model`, and VerificationError if the graph cannot be read back.
+    """
+    network = _empty_network(folder)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        shapes[name] = tuple(parameter.shape)
+        if parameter.dim() == 2:
+            shapes[name.removesuffix(".weight")] = tuple(parameter.shape)
+    return _filled(network, ((item.name, item.weight, item.added) for item in graph.weights(shapes)))
+
+
 def reference_model(folder: Path, weights: Iterable[tuple[str, QuantizedWeight | DenseWeight]]) -> Any:
-    """The Hugging Face model of `config.json` in float32, filled with the weights read back from a graph.
+    """The Hugging Face model of `config.json` in float32, filled with given weights.
 
     weights  (tensor name or module name, weight); names that the model does not have are left out
 
     Raises:
-        FidelityError: the graph does not hold all of the model's parameters.
+        FidelityError: the weights are not all of the model's parameters.
     """
+    return _filled(_empty_network(folder), ((name, weight, 0) for name, weight in weights))
+
+
+def _empty_network(folder: Path) -> Any:
+    """The model on the meta device: nothing is initialised only to be overwritten."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder)
-    # Built on the meta device and filled layer by layer: nothing is initialised only to be overwritten.
     with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+
+
+def _filled(network: Any, weights: Iterable[tuple[str, QuantizedWeight | DenseWeight, int]]) -> Any:
+    """Fill layer by layer; the third of each is what the graph holds more than the model."""
+    import torch
+
     state = dict(network.named_parameters())
-    for given, weight in weights:
+    for given, weight, added in weights:
         name = given if given in state else f"{given}.weight"
         if name not in state:
             continue
         values = weight.values if isinstance(weight, DenseWeight) else dequantize(weight)
-        filled = torch.from_numpy(np.array(values, np.float32).reshape(tuple(state[name].shape)))
+        values = np.array(values, np.float32).reshape(tuple(state[name].shape)) - np.float32(added)
         owner, _, leaf = name.rpartition(".")
-        setattr(network.get_submodule(owner), leaf, torch.nn.Parameter(filled, requires_grad=False))
+        setattr(network.get_submodule(owner), leaf, torch.nn.Parameter(torch.from_numpy(values), requires_grad=False))
     network.tie_weights()
     missing = [name for name, value in network.named_parameters() if value.is_meta]
     if missing:
         raise FidelityError("the graph does not hold all parameters of the model", where=missing[0], found=len(missing))
-    _rebuild_buffers(network, config)
+    _rebuild_buffers(network, network.config)
     return network.eval()
 
 
@@ -154,27 +168,6 @@ def _rebuild_buffers(network: Any, config: Any) -> None:
         if any(buffer is not None and buffer.is_meta for buffer in module._buffers.values()):
             owner, _, leaf = name.rpartition(".")
             setattr(network.get_submodule(owner), leaf, type(module)(config))
-
-
-def _run(model: Any, tokens: list[int], settings: dict[str, str]) -> F32:
-    """Logits [tokens, vocabulary]: a prefill, then one token at a time through the KV cache."""
-    import openvino as ov
-
-    request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()
-    inputs = {name for port in request.model_inputs for name in port.get_names()}
-    pieces = []
-    seen = 0
-    for chunk in [tokens[:PREFILL_TOKENS], *([token] for token in tokens[PREFILL_TOKENS:])]:
-        seen += len(chunk)
-        feed = {
-            "input_ids": np.array([chunk], np.int64),
-            "attention_mask": np.ones((1, seen), np.int64),
-            "position_ids": np.arange(seen - len(chunk), seen, dtype=np.int64)[None],
-            "beam_idx": np.zeros(1, np.int32),
-        }
-        request.infer({name: value for name, value in feed.items() if name in inputs})
-        pieces.append(np.array(request.get_tensor("logits").data[0], np.float32))
-    return np.concatenate(pieces)
 
 
 def _tokens(folder: Path) -> tuple[list[int], bool]:

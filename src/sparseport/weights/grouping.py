@@ -111,48 +111,6 @@ def without_filling(weight: QuantizedWeight, where: str) -> QuantizedWeight:
     )
 
 
-def for_openvino(weight: QuantizedWeight, group_size: int) -> QuantizedWeight:
-    """The weight with the group size that `openvino_layout` chose: split, or filled up."""
-    if weight.group_size % group_size == 0:
-        return regroup(weight, group_size)
-    return fill_groups(weight, group_size)
-
-
-def openvino_layout(group_size: int, in_features: int, where: str) -> int:
-    """The group size in which OpenVINO computes a layer correctly: the same, a divisor (split), or larger (filled up).
-
-    Filling costs memory and time in proportion, and is only chosen where no split is possible (36 becomes 64).
-    """
-    try:
-        return openvino_group_size(group_size, in_features, where)
-    except Unsupported:
-        return next((size for size in (8, 16, 32) if size >= group_size), -(-group_size // 64) * 64)
-
-
-def openvino_group_size(group_size: int, in_features: int, where: str) -> int:
-    """The group size to use on OpenVINO's CPU plugin, which computes wrong results for many others without an error.
-
-    Safe are 8, 16, 32, multiples of 64, and one group per row. Others are split to their largest power of two.
-
-    Raises:
-        Unsupported: no safe lossless split exists (odd groups, for example).
-    """
-    if group_size == in_features or group_size in (8, 16, 32) or group_size % 64 == 0:
-        return group_size
-    power = group_size & -group_size  # the largest power of two that divides it
-    power = min(power, 64)
-    if power >= 8:
-        return power
-    raise Unsupported(
-        "OpenVINO computes this group size wrongly and it cannot be split losslessly",
-        where=where,
-        expected="a group size with a divisor of 8, 16, 32 or 64",
-        found=group_size,
-        fix="quantise with group size 32, 64 or 128",
-        code="E_GROUP",
-    )
-
-
 def all_zero_points_are(weight: QuantizedWeight, value: int) -> bool:
     """Whether every zero-point equals `value` (8: the weight is symmetric, and i4 without zero-points holds it)."""
     return bool((weight.zero_points == value).all())

@@ -5,12 +5,16 @@ All rules round half to even, which is what `torch.round` and `numpy.rint` do.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import Enum
 
 import numpy as np
 
 from sparseport.errors import BadInput
 from sparseport.weights.linear import F32, U8, Array, QuantizedWeight
+
+# Rows compared at a time, so that a large matrix is never widened whole.
+_ROWS_AT_A_TIME = 256
 
 
 class RoundingRule(str, Enum):
@@ -84,6 +88,22 @@ def dequantize(weight: QuantizedWeight) -> F32:
     natural = np.empty_like(stored)
     natural[:, weight.input_order] = stored
     return natural
+
+
+def error_in_steps(weight: QuantizedWeight, source: Array) -> tuple[float, float]:
+    """Largest and mean |dequantised - source|, in steps (sizes of scales) of the grid; rows are taken in blocks."""
+    largest = total = 0.0
+    for start in range(0, weight.shape[0], _ROWS_AT_A_TIME):
+        rows = slice(start, start + _ROWS_AT_A_TIME)
+        part = replace(
+            weight, codes=weight.codes[rows], scales=weight.scales[rows], zero_points=weight.zero_points[rows]
+        )
+        distance = np.abs(dequantize(part) - source[rows].astype(np.float32))
+        # NNCF's symmetric modes have negative scales.
+        steps = distance / np.repeat(np.abs(part.scales.astype(np.float32)), part.group_size, axis=1)
+        largest = max(largest, float(steps.max()))
+        total += float(steps.sum())
+    return largest, total / weight.codes.size
 
 
 def choose_qparams_minmax(

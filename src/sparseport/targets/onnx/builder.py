@@ -1,8 +1,9 @@
 """The graph of onnxruntime-genai's model builder, made from a `config.json` alone; run as a child process.
 
 The builder is given a model on the meta device, so no matrix ever exists. It is asked where it makes a MatMul, which
-tells the layers that a node stands for. Matrices become references to a data file that does not exist yet; the main
-process gives them their places.
+tells the layers that a node stands for. Norms and biases hold marks instead of values: whatever the builder makes of
+them (copies, joins, adds 1), the marks tell which element of which tensor each element of the graph came from. The main
+process puts all values in.
 """
 
 from __future__ import annotations
@@ -18,38 +19,37 @@ from unittest import mock
 
 SKELETON = "skeleton.onnx"
 PLACEHOLDER = "placeholder.data"
-EMBEDDING = "model.embed_tokens.weight"
-HEAD_NODE = "/lm_head/MatMul"
+# Marks are whole numbers that float32 holds exactly, above any number that a builder would write by itself. Each
+# element has an even one; an odd one is an element that 1 was added to.
+_FIRST_MARK, _LAST_MARK = 1 << 22, 1 << 24
 
 
-def build_graph(config: str, small_tensors: str, output: str) -> dict[str, Any]:
+def build_graph(config: str, output: str) -> dict[str, Any]:
     """Write `skeleton.onnx` and `genai_config.json` into `output`.
 
     Args:
         config: path of the model's config.json, with generation_config.json beside it.
-        small_tensors: safetensors file with every tensor of fewer than two dimensions.
         output: folder to write into.
 
     Returns:
         `matmuls`: node name -> modules whose weights it multiplies with, in the order of their rows.
-        `small`: names of the small tensors that the graph uses.
-        `tied`: whether the head is the embedding.
+        `small`: initializer -> pieces `[tensor, first element, last element + 1, added]` that it is made of.
+        `embedding`: module of the embedding; `tied`: whether the head is the embedding.
         `versions` of the packages that made the graph.
 
     Raises:
-        Unsupported: the builder does not know the architecture.
+        Unsupported: the builder does not know the architecture, or computes with norms and biases in a way that the
+            marks do not follow.
     """
     from importlib.metadata import version
 
-    from sparseport.checkpoints.safetensors import SafeTensorsFile
     from sparseport.errors import Unsupported
     from sparseport.targets.empty_model import empty_model, load_config, quiet
 
     target = Path(output)
     target.mkdir(parents=True, exist_ok=True)
     network = empty_model(load_config(Path(config)))
-    with SafeTensorsFile.open(Path(small_tensors)) as tensors:
-        small = _fill_small(network, tensors)
+    marked = _mark_small(network)
     with quiet():
         try:
             graph, nodes = _run_builder(network, Path(config).parent, target)
@@ -57,31 +57,81 @@ def build_graph(config: str, small_tensors: str, output: str) -> dict[str, Any]:
             raise Unsupported("onnxruntime-genai's builder cannot build this model", found=error) from error
     names = {id(module): name for name, module in network.named_modules()}
     matmuls = {node: [names[id(part)] for part in parts] for node, parts in nodes.items()}
+    small = _find_marks(graph, marked)
     _save_skeleton(graph, target / SKELETON)
     packages = ("torch", "transformers", "onnx", "onnx-ir", "onnxruntime-genai")
-    tied = bool(network.config.get_text_config().tie_word_embeddings)
     return {
         "matmuls": matmuls,
         "small": small,
-        "tied": tied,
+        "embedding": names[id(network.get_input_embeddings())],
+        "tied": bool(network.config.get_text_config().tie_word_embeddings),
         "versions": {name: version(name) for name in packages},
     }
 
 
-def _fill_small(network: Any, tensors: Any) -> list[str]:
-    """Give norms and biases their values; returns the names that the model has."""
-    import numpy as np
+def _mark_small(network: Any) -> dict[str, tuple[int, int]]:
+    """Fill every parameter of fewer than two dimensions with marks; returns name -> first mark, elements.
+
+    Raises:
+        Unsupported: the model has more elements in norms and biases than there are marks.
+    """
     import torch
 
-    used = []
-    parameters = dict(network.named_parameters())
-    for name in tensors.names():
-        if name in parameters:
-            values = torch.from_numpy(np.array(tensors.read(name), np.float32))
-            owner, _, leaf = name.rpartition(".")
-            setattr(network.get_submodule(owner), leaf, torch.nn.Parameter(values, requires_grad=False))
-            used.append(name)
-    return used
+    from sparseport.errors import Unsupported
+
+    marked: dict[str, tuple[int, int]] = {}
+    mark = _FIRST_MARK
+    for name, parameter in list(network.named_parameters()):
+        if parameter.dim() > 1:
+            continue
+        marked[name] = (mark, parameter.numel())
+        last = mark + 2 * parameter.numel()
+        if last > _LAST_MARK:
+            raise Unsupported("the model has too many norms and biases to be followed through the builder", where=name)
+        values = torch.arange(mark, last, 2, dtype=torch.float32).reshape(parameter.shape)
+        owner, _, leaf = name.rpartition(".")
+        setattr(network.get_submodule(owner), leaf, torch.nn.Parameter(values, requires_grad=False))
+        mark = last
+    return marked
+
+
+def _find_marks(model: Any, marked: dict[str, tuple[int, int]]) -> dict[str, list[list[Any]]]:
+    """Which pieces of which tensors every small initializer holds.
+
+    Raises:
+        Unsupported: marks were changed in another way than by adding 1.
+    """
+    import numpy as np
+
+    from sparseport.errors import Unsupported
+
+    starts = np.array([first for first, _ in marked.values()])
+    names = list(marked)
+    found: dict[str, list[list[Any]]] = {}
+    for name, value in model.graph.initializers.items():
+        if value.const_value is None or len(value.shape) != 1 or not value.dtype.is_floating_point():
+            continue
+        marks = value.const_value.numpy().astype(np.float64)
+        # Numbers that no mark can be, such as rotary frequencies, are the builder's own.
+        if not marks.size or (marks < _FIRST_MARK).any() or (marks >= _LAST_MARK).any():
+            continue
+        whole = marks.astype(np.int64)
+        owners = np.searchsorted(starts, whole, side="right") - 1
+        elements, added = np.divmod(whole - starts[owners], 2)
+        # A piece ends where the tensor, the addition or the order of elements changes.
+        ends = np.flatnonzero((np.diff(owners) != 0) | (np.diff(added) != 0) | (np.diff(elements) != 1)) + 1
+        pieces = []
+        for part in np.split(np.arange(marks.size), ends):
+            owner, first = names[owners[part[0]]], int(elements[part[0]])
+            pieces.append([owner, first, first + part.size, int(added[part[0]])])
+        if (whole != marks).any() or any(last > marked[owner][1] for owner, _, last, _ in pieces):
+            raise Unsupported(
+                "the builder computes with this tensor in a way that cannot be followed",
+                where=name,
+                fix="export to OpenVINO, and report the model's config",
+            )
+        found[name] = pieces
+    return found
 
 
 def _run_builder(network: Any, source: Path, target: Path) -> tuple[Any, dict[str, list[Any]]]:

@@ -1,240 +1,165 @@
-"""Put exact weights into the builder's graph: each MatMul's placeholder becomes the layer that was stored.
+"""Put exact weights into the builder's graph: each placeholder becomes the layer that was stored (see `products`).
 
-INT4      [Gather input_order] -> MatMulNBits(codes, Cast(scales), zero_points), with an explicit accuracy_level
-floating  Cast(weight) -> Transpose -> MatMul; ONNX Runtime folds both when it loads
-embedding Gather(weight) -> Cast, so that only the rows that are looked up are widened
-
-Initializers are named `<module>.codes`, `.zero_points`, `.scales`, `.input_order` and `<module>.weight`. A node that
-stands for several layers (q, k and v in one product) has their rows one after the other, and their names joined by `+`.
+Norms and biases keep the checkpoint's names. Where the builder joined several, their names are joined by `+`; where it
+added 1 (Gemma's norms), the name ends in `.plus_one`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparseport.errors import FidelityError
-from sparseport.targets.blocks import Block
-from sparseport.targets.onnx.layout import OnnxStore, StoredMatrix, StoredNBits
+import numpy as np
 
-MODEL, DATA = "model.onnx", "model.onnx.data"
-JOIN = "+"
-Stored = StoredNBits | StoredMatrix
-# External tensors start at whole pages, so that a runtime can map them.
-_PAGE = 4096
-_CHUNK = 16 << 20
+from sparseport.errors import FidelityError, Unsupported
+from sparseport.targets.onnx.data_file import DataFile
+from sparseport.targets.onnx.products import JOIN, Products, joinable
+from sparseport.targets.onnx.store import Layout, OnnxStore, Stored
+from sparseport.weights.linear import Array
+
+MODEL = "model.onnx"
+PLUS_ONE = ".plus_one"
+Pieces = Sequence[Sequence[Any]]
 
 
-class DataFile:
-    """The external data file, written front to back."""
+@dataclass(frozen=True)
+class Written:
+    """What the certificate says of a written graph.
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("wb")
-        self._name = path.name
+    places    module -> names of the nodes that multiply with its weight, or look it up
+    plus_one  names of the tensors that 1 was added to
+    """
 
-    def close(self) -> None:
-        self._file.close()
-
-    def tensor(self, name: str, blocks: Sequence[Block], shape: Sequence[int], store: OnnxStore) -> Any:
-        """Append blocks of one type, one after the other, as one tensor; returns its `TensorProto`."""
-        import onnx
-
-        offset = -(-self._file.tell() // _PAGE) * _PAGE
-        self._file.write(b"\0" * (offset - self._file.tell()))
-        size = 0
-        for block in blocks:
-            data = store.view(block)
-            for start in range(0, data.size, _CHUNK):
-                self._file.write(data[start : start + _CHUNK].data)
-            size += data.size
-        tensor = onnx.TensorProto(
-            name=name,
-            dims=shape,
-            data_type=onnx.TensorProto.DataType.Value(blocks[0].element_type),
-            data_location=onnx.TensorProto.EXTERNAL,
-        )
-        for key, value in (("location", self._name), ("offset", offset), ("length", size)):
-            tensor.external_data.add(key=key, value=str(value))
-        return tensor
+    places: dict[str, list[str]]
+    plus_one: list[str]
 
 
 def write_model(
     skeleton: Path,
     folder: Path,
-    matmuls: Mapping[str, Sequence[str]],
+    answer: Mapping[str, Any],
     stored: Mapping[str, Stored],
-    embedding: str,
-    tied: bool,
+    small: Mapping[str, Array],
     store: OnnxStore,
     accuracy_level: int,
-) -> None:
+) -> Written:
     """Write `model.onnx` and `model.onnx.data` into a folder.
 
     Args:
         skeleton: the builder's graph.
         folder: where to write.
-        matmuls: node name -> modules whose weights it multiplies with, in the order of their rows.
+        answer: what `builder.build_graph` said of it.
         stored: module -> its weight in `store`; the embedding and an untied head among them.
-        embedding: module path of the embedding.
-        tied: whether the head is the embedding.
+        small: tensor name -> values of norms and biases, any float dtype; stored as float32.
         store: the scratch file.
         accuracy_level: of MatMulNBits; 1 computes in float32, 4 quantises activations to int8.
 
     Raises:
         FidelityError: a layer has no place in the graph, or a place no layer.
+        Unsupported: the layout cannot hold a layer.
     """
     import onnx
 
     model = onnx.load(skeleton, load_external_data=False)
-    writer = _Writer(model.graph, DataFile(folder / DATA), store, accuracy_level)
-    try:
-        writer.run(matmuls, stored, embedding, tied)
-    finally:
-        writer.data.close()
+    with DataFile(folder, store) as data:
+        products = Products(data, accuracy_level)
+        places = _fill(model.graph, products, answer, stored)
+    outside = {tensor.name for tensor in model.graph.initializer if tensor.external_data}
+    kept = [tensor for tensor in model.graph.initializer if tensor.name not in outside | set(answer["small"])]
+    renamed, tensors = _small_tensors(answer["small"], small)
+    for node in products.nodes:
+        for index, name in enumerate(node.input):
+            node.input[index] = renamed.get(name, name)
+    # Shapes that the builder noted for results whose makers are replaced would have to be kept true for nothing.
+    made = {output for node in products.nodes for output in node.output}
+    notes = [value for value in model.graph.value_info if value.name in made and value.name not in renamed]
+    for field, values in (("value_info", notes), ("node", products.nodes)):
+        model.graph.ClearField(field)
+        getattr(model.graph, field).extend(values)
+    del model.graph.initializer[:]
+    model.graph.initializer.extend([*kept, *tensors, *products.initializers])
+    if store.layout is not Layout.NBITS:
+        from sparseport.targets.onnx.standard_ops import to_standard_ops
+
+        to_standard_ops(model)
     onnx.save(model, folder / MODEL)
+    pieces = [piece for found in answer["small"].values() for piece in found]
+    return Written(places, sorted({str(piece[0]) for piece in pieces if piece[3]}))
 
 
-class _Writer:
-    def __init__(self, graph: Any, data: DataFile, store: OnnxStore, accuracy_level: int) -> None:
-        self.graph, self.data, self.store, self.accuracy_level = graph, data, store, accuracy_level
-        self.inline = {tensor.name: tensor for tensor in graph.initializer if not tensor.external_data}
-        self.outside = {tensor.name for tensor in graph.initializer if tensor.external_data}
-        self.initializers: list[Any] = []
-        self.nodes: list[Any] = []
-        self.made: set[str] = set()  # names of tensors and results
-
-    def run(
-        self, matmuls: Mapping[str, Sequence[str]], stored: Mapping[str, Stored], embedding: str, tied: bool
-    ) -> None:
-        used: set[str] = set()
-        for node in list(self.graph.node):
-            if node.name in matmuls:
-                modules = [embedding] if tied and matmuls[node.name][0] not in stored else list(matmuls[node.name])
-                self._linear(node, modules, stored)
-                used.update(modules)
-            elif node.op_type == "Gather" and node.input[0] in self.outside:
-                self._embedding(node, embedding, stored)
-                used.add(embedding)
-            else:
-                self.nodes.append(node)
-        if missing := sorted(set(stored) - used):
-            raise FidelityError(
-                "the graph has no place for this layer",
-                where=missing[0],
-                fix="check that config.json belongs to the weights",
-            )
-        del self.graph.node[:]
-        self.graph.node.extend(self.nodes)
-        del self.graph.initializer[:]
-        self.graph.initializer.extend([*self.inline.values(), *self.initializers])
-
-    def _linear(self, node: Any, modules: list[str], stored: Mapping[str, Stored]) -> None:
-        parts = [self._stored(module, stored) for module in modules]
-        if len(parts) > 1 and not _joinable(parts):
-            # Layers that are stored differently cannot share one product; their results are joined instead.
-            outputs = []
-            for module, part in zip(modules, parts, strict=True):
-                outputs.append(f"{node.output[0]}/{module}")
-                self._product(f"{node.name}/{module}", node.input[0], outputs[-1], [module], [part])
-            self._node("Concat", outputs, node.output[0], f"{node.name}/Concat", axis=-1)
-            return
-        self._product(node.name, node.input[0], node.output[0], modules, parts)
-
-    def _product(self, name: str, x: str, y: str, modules: list[str], parts: list[Stored]) -> None:
-        label = JOIN.join(modules)
-        first = parts[0]
-        if isinstance(first, StoredMatrix):
-            weight = self._matrix(f"{label}.weight", [part.values for part in parts if isinstance(part, StoredMatrix)])
-            self._node("Transpose", [weight], f"{label}.weight/transposed", f"{name}/Transpose", perm=[1, 0])
-            self._node("MatMul", [x, f"{label}.weight/transposed"], y, name)
-            return
-        quantized = [part for part in parts if isinstance(part, StoredNBits)]
-        if first.input_order is not None:
-            order = self._tensor(f"{label}.input_order", [first.input_order], first.input_order.shape)
-            self._node("Gather", [x, order], f"{name}/gathered", f"{name}/Gather", axis=-1)
-            x = f"{name}/gathered"
-        rows = sum(part.rows for part in quantized)
-        inputs = [
-            x,
-            self._tensor(f"{label}.codes", [part.codes for part in quantized], (rows, *first.codes.shape[1:])),
-            self._floats(f"{label}.scales", [part.scales for part in quantized]),
-        ]
-        if not all(part.symmetric for part in quantized):
-            points = [part.zero_points for part in quantized]
-            inputs.append(self._tensor(f"{label}.zero_points", points, (rows, *first.zero_points.shape[1:])))
-        self._node(
-            "MatMulNBits",
-            inputs,
-            y,
-            name,
-            domain="com.microsoft",
-            K=first.columns,
-            N=rows,
-            bits=first.bits,
-            block_size=first.block_size,
-            accuracy_level=self.accuracy_level,
+def _fill(
+    graph: Any, products: Products, answer: Mapping[str, Any], stored: Mapping[str, Stored]
+) -> dict[str, list[str]]:
+    """Every node of the skeleton again, with products and look-ups of what was stored; returns where each is used."""
+    embedding = answer["embedding"]
+    places: dict[str, list[str]] = {}
+    outside = {tensor.name for tensor in graph.initializer if tensor.external_data}
+    for node in graph.node:
+        modules = answer["matmuls"].get(node.name)
+        if modules is None and node.op_type == "Gather" and node.input[0] in outside:
+            places.setdefault(embedding, []).append(node.name)
+            products.look_up(node.name, node.input[1], node.output[0], _of(embedding, stored))
+        elif modules is None:
+            products.nodes.append(node)
+        else:
+            if answer["tied"] and modules[0] not in stored:
+                modules = [embedding]
+            names = _products(products, node, modules, [_of(module, stored) for module in modules])
+            for module, name in zip(modules, names, strict=True):
+                places.setdefault(module, []).append(name)
+    if missing := sorted(set(stored) - set(places)):
+        raise FidelityError(
+            "the graph has no place for this layer",
+            where=missing[0],
+            fix="check that config.json belongs to the weights",
         )
-
-    def _embedding(self, node: Any, module: str, stored: Mapping[str, Stored]) -> None:
-        part = self._stored(module, stored)
-        if not isinstance(part, StoredMatrix):
-            raise FidelityError("a quantised embedding has no place in the ONNX graph yet", where=module)
-        name, output = f"{module}.weight", node.output[0]
-        if name not in self.made:
-            self._tensor(name, [part.values], part.values.shape)
-        wide = part.values.element_type == "FLOAT"
-        self._node("Gather", [name, node.input[1]], output if wide else f"{output}/half", node.name)
-        if not wide:
-            self._cast(f"{output}/half", output)
-
-    def _matrix(self, name: str, blocks: list[Block]) -> str:
-        """A floating-point matrix made of rows of several, widened to float32; written once."""
-        return f"{name}/float" if f"{name}/float" in self.made else self._floats(name, blocks)
-
-    def _floats(self, name: str, blocks: list[Block]) -> str:
-        if name not in self.made:
-            self._tensor(name, blocks, (sum(block.shape[0] for block in blocks), *blocks[0].shape[1:]))
-        if blocks[0].element_type == "FLOAT":
-            return name
-        self._cast(name, f"{name}/float")
-        return f"{name}/float"
-
-    def _cast(self, source: str, target: str) -> None:
-        import onnx
-
-        self._node("Cast", [source], target, f"{target}/Cast", to=onnx.TensorProto.FLOAT)
-
-    def _tensor(self, name: str, blocks: Sequence[Block], shape: Iterable[int]) -> str:
-        self.initializers.append(self.data.tensor(name, blocks, [int(n) for n in shape], self.store))
-        self.made.add(name)
-        return name
-
-    def _node(self, kind: str, inputs: Sequence[str], output: str, name: str, **attributes: Any) -> None:
-        import onnx
-
-        self.nodes.append(onnx.helper.make_node(kind, list(inputs), [output], name=name, **attributes))
-        self.made.add(output)
-
-    def _stored(self, module: str, stored: Mapping[str, Stored]) -> Stored:
-        try:
-            return stored[module]
-        except KeyError:
-            raise FidelityError("the graph needs a layer that the checkpoint does not hold", where=module) from None
+    return places
 
 
-def _joinable(parts: Sequence[Stored]) -> bool:
-    """Whether the rows of these layers can lie in one tensor: same kind, same groups, same column order."""
-    first = parts[0]
-    if isinstance(first, StoredMatrix):
-        return all(
-            isinstance(part, StoredMatrix) and part.values.element_type == first.values.element_type for part in parts
-        )
-    return all(
-        isinstance(part, StoredNBits)
-        and part.input_order is None
-        and first.input_order is None
-        and (part.bits, part.block_size, part.columns, part.scales.element_type)
-        == (first.bits, first.block_size, first.columns, first.scales.element_type)
-        for part in parts
-    )
+def _products(products: Products, node: Any, modules: Sequence[str], parts: Sequence[Stored]) -> list[str]:
+    """One product for all parts, or one for each; returns the name of the node that each part is in."""
+    if joinable(parts):
+        products.product(node.name, node.input[0], node.output[0], parts)
+        return [node.name] * len(parts)
+    # Layers that are stored differently cannot share one product; their results are joined instead.
+    outputs = [f"{node.output[0]}/{module}" for module in modules]
+    names = [f"{node.name}/{module}" for module in modules]
+    for name, output, part in zip(names, outputs, parts, strict=True):
+        products.product(name, node.input[0], output, [part])
+    products.node("Concat", outputs, node.output[0], f"{node.name}/Concat", axis=-1)
+    return names
+
+
+def _small_tensors(pieces_of: Mapping[str, Pieces], small: Mapping[str, Array]) -> tuple[dict[str, str], list[Any]]:
+    """New names of the graph's small tensors, and the tensors with the checkpoint's values.
+
+    Raises:
+        Unsupported: the builder took a tensor apart.
+        FidelityError: the checkpoint does not hold it.
+    """
+    from onnx import numpy_helper
+
+    renamed: dict[str, str] = {}
+    tensors: dict[str, Any] = {}
+    for initializer, pieces in pieces_of.items():
+        parts = []
+        for name, first, last, added in pieces:
+            if name not in small:
+                raise FidelityError("the graph needs a tensor that the checkpoint does not hold", where=name)
+            values = small[name].astype(np.float32).reshape(-1)
+            if first or last != values.size or added not in (0, 1) or (added and len(pieces) > 1):
+                raise Unsupported("the builder changes this tensor in a way that is not known", where=name)
+            parts.append(values + np.float32(added))
+        label = JOIN.join(str(piece[0]) for piece in pieces) + (PLUS_ONE if pieces[0][3] else "")
+        renamed[initializer] = label
+        tensors[label] = numpy_helper.from_array(np.concatenate(parts), label)
+    return renamed, list(tensors.values())
+
+
+def _of(module: str, stored: Mapping[str, Stored]) -> Stored:
+    try:
+        return stored[module]
+    except KeyError:
+        raise FidelityError("the graph needs a layer that the checkpoint does not hold", where=module) from None

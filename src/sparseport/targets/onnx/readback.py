@@ -1,191 +1,344 @@
 """Read the weights of a written ONNX folder back, with none of the writer's code.
 
 The protobuf is parsed by the onnx package; bytes of external tensors are taken from the data file by their own offsets,
-which must stay inside the folder and the file. The graph is followed from each product to the constants behind it, so a
-weight counts as present only if it is really used, and as quantised only if MatMulNBits dequantises it.
+which must stay inside the folder and the file. The graph is followed from each product and look-up to the constants
+behind it, so a weight counts as present only if it is really used, and as quantised only if the nodes around it
+compute scales * (codes - zero_points).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sparseport.errors import VerificationError
+from sparseport.targets.onnx.graph_file import OnnxGraph
+from sparseport.targets.read_back import ReadBack, Shapes
 from sparseport.weights.grouping import without_filling
-from sparseport.weights.linear import U8, DenseWeight, QuantizedWeight
+from sparseport.weights.linear import U8, Array, DenseWeight, QuantizedWeight
 
-MODEL = "model.onnx"
-# ONNX's numbers for FLOAT, UINT8, INT32 and FLOAT16.
-_DTYPES: dict[int, np.dtype[Any]] = {
-    1: np.dtype("<f4"),
-    2: np.dtype("u1"),
-    6: np.dtype("<i4"),
-    10: np.dtype("<f2"),
-}
-_MATRIX_USERS = {"MatMul": 1, "MatMulNBits": 1, "Gather": 0, "GatherBlockQuantized": 0, "Gemm": 1, "FusedMatMul": 1}
+# Which input of a node is a matrix of weights.
+_MATRIX_SIDES = {"MatMul": (0, 1), "Gemm": (0, 1), "FusedMatMul": (0, 1), "MatMulNBits": (1,), "Gather": (0,),
+                 "GatherBlockQuantized": (0,), "EmbedLayerNormalization": (2,)}  # fmt: skip
+_PASSED = ("Transpose", "Cast", "DequantizeLinear", "Reshape")
+_PLUS_ONE = ".plus_one"
+# Tables of the rotary embedding, which the builder computes from the config.
+_ROTARY = re.compile(r"(cos|sin)_cache")
+_LAYER = re.compile(r"(?:^|[./])(?:layers|h|blocks)\.(\d+)(?=[./]|$)")
 
 
 @dataclass(frozen=True)
-class ReadBack:
-    """One weight found in a graph.
+class _Found:
+    """Rows of one or several layers as one tensor holds them."""
 
-    name          names of the layers whose rows it holds, joined by `+`, or a tensor's own name
-    weight        the values, with the groups that were written
-    element_type  `u4` or `u8` for quantised layers, `f16` or `f32`
-    places        names of the nodes that use it
-    """
-
-    name: str
+    label: str
     weight: QuantizedWeight | DenseWeight
     element_type: str
-    places: tuple[str, ...]
 
 
-class OnnxGraph:
-    """A parsed `model.onnx`; external tensors are memory-mapped."""
+class OnnxReader:
+    """The reader of `targets.read_back` for an ONNX folder."""
 
-    def __init__(self, folder: Path) -> None:
-        """Parse a folder's graph.
+    graph_file = "model.onnx"
+    data_file = "model.onnx.data"
+
+    def __init__(self, graph: OnnxGraph) -> None:
+        self.graph = graph
+
+    @classmethod
+    def open(cls, folder: Path) -> OnnxReader:
+        """Parse a folder's graph; raises as `OnnxGraph`."""
+        return cls(OnnxGraph(folder, cls.graph_file))
+
+    def weights(self, shapes: Shapes) -> Iterator[ReadBack]:
+        """See `GraphReader.weights`; names that are joined by `+` are layers of one tensor."""
+        places: dict[str, list[str]] = {}
+        readers: dict[str, list[Callable[[], _Found]]] = {}
+        for node in self.graph.nodes:
+            for label, read in self._matrices(node):
+                places.setdefault(label, []).append(node.name)
+                readers.setdefault(label, []).append(read)
+        for label, (read, *others) in readers.items():
+            found = read()
+            # A quantised table that is looked up and multiplied with must be the same weight in both uses.
+            if isinstance(found.weight, QuantizedWeight) and not all(_same(found, other()) for other in others):
+                raise VerificationError("a weight is used in two different ways", where=label)
+            yield from _split(found, tuple(places[label]), shapes)
+        for name in self.graph.tensors:
+            values = self._small(name)
+            if values is not None:
+                users = tuple(node.name for node in self.graph.users.get(name, ()))
+                if not users:
+                    raise VerificationError("weight is not used", where=name)
+                yield from _split_small(name, values, users, shapes)
+
+    def unnamed_matrices(self, named: set[str]) -> list[str]:
+        """See `GraphReader.unnamed_matrices`."""
+        unknown = set()
+        for node in self.graph.nodes:
+            for side in _MATRIX_SIDES.get(node.op_type, ()):
+                constant = self.graph.constant_behind(node.input[side], _PASSED) if side < len(node.input) else None
+                if constant is None or _ROTARY.match(constant):
+                    continue
+                if sum(length != 1 for length in self.graph.shape(constant)) < 2:
+                    continue
+                label = re.sub(r"\.(codes|scales|zero_points)$", "", constant)
+                unknown |= {part for part in label.split("+") if part not in named}
+        return sorted(unknown)
+
+    def misplaced(self, module: str, places: tuple[str, ...], tied_head: bool) -> str | None:
+        """A weight of a numbered layer belongs to nodes of the same number; others are told by the certificate."""
+        del tied_head
+        number = _LAYER.search(module)
+        for place in places:
+            found = _LAYER.search(place.removesuffix(f"/{module}"))
+            if (found and found[1]) != (number and number[1]):
+                return place
+        return None
+
+    def _matrices(self, node: Any) -> Iterator[tuple[str, Callable[[], _Found]]]:
+        """Labels of the matrices that a node uses, each with what reads it.
 
         Raises:
-            VerificationError: it cannot be parsed, or an external tensor leaves the folder or its file.
+            VerificationError: a named weight is used in a way that no layer of a model uses it.
         """
-        import onnx
-
-        self.folder = folder
-        try:
-            self.model = onnx.load(folder / MODEL, load_external_data=False)
-        except Exception as error:
-            raise VerificationError("ONNX cannot read the model", where=MODEL, found=str(error)[:120]) from error
-        self.tensors = {tensor.name: tensor for tensor in self.model.graph.initializer}
-        self.producers = {output: node for node in self.model.graph.node for output in node.output}
-        self._maps: dict[str, Any] = {}
-
-    def values(self, name: str) -> Any:
-        """A constant's values, in the dtype it is stored in.
-
-        Raises:
-            VerificationError: no such constant, an unknown type, or a place outside its file.
-        """
-        tensor = self.tensors.get(name)
-        dtype = _DTYPES.get(tensor.data_type) if tensor is not None else None
-        if tensor is None or dtype is None:
-            raise VerificationError("constant is missing or of an unknown type", where=name)
-        shape = tuple(int(n) for n in tensor.dims)
-        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        if not tensor.external_data:
-            return np.frombuffer(tensor.raw_data, dtype).reshape(shape)
-        entries = {entry.key: entry.value for entry in tensor.external_data}
-        location = entries.get("location", "")
-        offset, length = (int(entries.get(key, "0")) for key in ("offset", "length"))
-        if not location or Path(location).name != location or location in (".", ".."):
-            raise VerificationError("external data lies outside the folder", where=name, found=location)
-        path = self.folder / location
-        if path.is_symlink() or not path.is_file():
-            raise VerificationError("external data file is missing", where=location)
-        data = self._maps.setdefault(location, np.memmap(path, np.uint8, "r"))
-        if length != size or offset < 0 or offset + size > data.size:
-            raise VerificationError(
-                "external data does not fit its tensor", where=name, expected=size, found=f"{length} at {offset}"
-            )
-        return np.frombuffer(data[offset : offset + size], dtype).reshape(shape)
-
-    def behind(self, name: str, kinds: tuple[str, ...]) -> str:
-        """The constant that a value is made of, looking through operations of the given kinds."""
-        while name not in self.tensors:
-            node = self.producers.get(name)
-            if node is None or node.op_type not in kinds:
-                raise VerificationError("a weight is computed by something else", where=name)
+        graph = self.graph
+        if node.op_type == "MatMulNBits":
+            yield graph.label(node.input[1], ".codes"), lambda: self._nbits(node)
+        elif node.op_type == "MatMul":
+            if graph.constant_behind(node.input[0], _PASSED) is not None:
+                raise VerificationError("a weight stands on the left side of a product", where=node.name)
+            constant = graph.constant_behind(node.input[1], _PASSED)
+            if constant is None or len(graph.shape(constant)) < 2:
+                return
+            if constant.endswith(".codes"):
+                yield constant.removesuffix(".codes"), lambda: self._dequantized(node)
+            else:
+                graph.expect_behind(node.input[1], ("Transpose", "Cast"), constant)
+                if not graph.is_transposed(node.input[1]):
+                    raise VerificationError("a weight is multiplied without being transposed", where=constant)
+                yield constant, lambda: self._dense(constant)
+        elif node.op_type == "Gather" and node.input[0] in graph.tensors and len(graph.shape(node.input[0])) >= 2:
             name = node.input[0]
-        return str(name)
+            if name.endswith((".scales", ".zero_points")):
+                return  # looked up beside their codes, and checked there
+            if name.endswith(".codes"):
+                yield name.removesuffix(".codes"), lambda: self._looked_up(node)
+            elif not _ROTARY.match(name):
+                yield name, lambda: self._dense(name)
+
+    def _dense(self, constant: str) -> _Found:
+        values = self.graph.values(constant)
+        kinds = {"float16": "f16", "float32": "f32"}
+        if values.dtype.name not in kinds:
+            raise VerificationError("a weight is of an unknown type", where=constant, found=values.dtype.name)
+        return _Found(constant, DenseWeight(values), kinds[values.dtype.name])
+
+    def _nbits(self, node: Any) -> _Found:
+        """MatMulNBits, as ONNX Runtime's contrib operators define it."""
+        attributes = {attribute.name: attribute.i for attribute in node.attribute}
+        label = self.graph.label(node.input[1], ".codes")
+        bits, block = int(attributes.get("bits", 4)), int(attributes["block_size"])
+        columns, rows = int(attributes["K"]), int(attributes["N"])
+        if bits not in (4, 8) or columns % block or (len(node.input) > 4 and any(node.input[4:])):
+            raise VerificationError(
+                "a quantised layer of an unknown layout", where=label, found=f"{bits} bits, {columns}"
+            )
+        groups = columns // block
+        names = [*node.input, ""]
+        codes = _unpacked(self._shaped(names[1], (rows, groups, block * bits // 8)), bits).reshape(rows, columns)
+        zero_points = None
+        if names[3]:
+            packed = self._shaped(names[3], (rows, -(-groups * bits // 8)))
+            wide = _unpacked(packed, bits)
+            if wide[:, groups:].any():
+                raise VerificationError("zero-points have more values than groups", where=label)
+            zero_points = np.ascontiguousarray(wide[:, :groups])
+        scales = self._shaped(self.graph.behind(names[2], ("Cast",)), (rows, groups))
+        return self._quantized(label, codes, scales, zero_points, block, bits, node.input[0])
+
+    def _dequantized(self, node: Any) -> _Found:
+        """MatMul with a blocked DequantizeLinear (ONNX opset 21), by rows and transposed, or by columns."""
+        graph = self.graph
+        transposed = graph.is_transposed(node.input[1])
+        dequantize = graph.producer(node.input[1], "Transpose") if transposed else node
+        side = dequantize.input[0] if transposed else node.input[1]
+        dequantize = graph.producer(side, "DequantizeLinear")
+        attributes = {attribute.name: attribute.i for attribute in dequantize.attribute}
+        label = graph.label(dequantize.input[0], ".codes")
+        axis, block = int(attributes.get("axis", 1)), int(attributes.get("block_size", 0))
+        if axis != (1 if transposed else 0) or block < 1 or len(dequantize.input) != 3:
+            raise VerificationError(
+                "a quantised layer of an unknown layout", where=label, found=f"axis {axis}, {block}"
+            )
+        codes = graph.values(dequantize.input[0])
+        bits = graph.bits(dequantize.input[0])
+        if codes.ndim != 2 or codes.shape[axis] % block:
+            raise VerificationError("blocks do not divide the codes", where=label, found=f"{codes.shape}, {block}")
+        narrow = tuple(n // block if i == axis else n for i, n in enumerate(codes.shape))
+        points = self._shaped(dequantize.input[2], narrow)
+        scales = self._shaped(graph.behind(dequantize.input[1], ("Cast",)), narrow)
+        if not transposed:
+            codes, points, scales = (np.ascontiguousarray(part.T) for part in (codes, points, scales))
+        return self._quantized(label, codes, scales, points, block, bits, node.input[0])
+
+    def _looked_up(self, node: Any) -> _Found:
+        """A quantised table: rows of codes, zero-points and scales are looked up by the same indices."""
+        graph = self.graph
+        label = graph.label(node.input[0], ".codes")
+        codes, points = graph.values(node.input[0]), graph.values(f"{label}.zero_points")
+        rows = codes.shape[0]
+        codes, points = codes.reshape(rows, -1), points.reshape(rows, -1)
+        scales = graph.values(f"{label}.scales").reshape(rows, -1)
+        block = codes.shape[1] // max(points.shape[1], 1)
+        if graph.bits(node.input[0]) != 8 or points.shape != scales.shape or block * points.shape[1] != codes.shape[1]:
+            raise VerificationError("parts of a quantised table do not fit", where=label)
+        self._check_arithmetic(node, label, points.shape[1], block)
+        weight = QuantizedWeight(codes, scales, points, block, 8)
+        _check_finite(weight.scales, label)
+        return _Found(label, weight, "u8")
+
+    def _check_arithmetic(self, node: Any, label: str, groups: int, block: int) -> None:
+        """Follow a table's rows: Reshape(Cast(codes)) - Reshape(Cast(zero_points)), times Reshape(scales), reshaped.
+
+        Raises:
+            VerificationError: another operation stands there.
+        """
+        graph = self.graph
+        grouped = graph.only_user(graph.only_user(node.output[0], "Cast").output[0], "Reshape")
+        subtract = graph.only_user(grouped.output[0], "Sub")
+        multiply = graph.only_user(subtract.output[0], "Mul")
+        final = graph.only_user(multiply.output[0], "Reshape")
+        found = []
+        for value, kinds in (
+            (subtract.input[1], ("Reshape", "Cast", "Gather")),
+            (multiply.input[1], ("Reshape", "Cast", "Gather")),
+        ):
+            gather = graph.first_of(value, "Gather", kinds)
+            if gather.input[1] != node.input[1]:
+                raise VerificationError("parts of a quantised table are looked up by other indices", where=label)
+            found.append(graph.behind(gather.input[0], ("Cast",)))
+        shapes = [graph.values(step.input[1]).tolist() for step in (grouped, final)]
+        right = [[0, 0, groups, block], [0, 0, -1]]
+        if (
+            found != [f"{label}.zero_points", f"{label}.scales"]
+            or shapes != right
+            or subtract.input[0] != grouped.output[0]
+        ):
+            raise VerificationError("rows of a quantised table are computed in another way", where=label)
+
+    def _quantized(
+        self, label: str, codes: U8, scales: Array, zero_points: U8 | None, block: int, bits: int, x: str
+    ) -> _Found:
+        middle = np.full(scales.shape, 2 ** (bits - 1), np.uint8)
+        _check_finite(scales, label)
+        weight = QuantizedWeight(
+            codes,
+            np.array(scales),
+            middle if zero_points is None else zero_points,
+            block,
+            bits,
+            input_order=self._order(x, label),
+        )
+        return _Found(label, without_filling(weight, label), f"u{bits}")
+
+    def _order(self, x: str, label: str) -> Any:
+        """The act-order permutation in front of a layer, or None."""
+        node = self.graph.producers.get(x)
+        if node is None or node.op_type != "Gather" or node.input[1] != f"{label}.input_order":
+            return None
+        axis = {attribute.name: attribute.i for attribute in node.attribute}.get("axis", 0)
+        if axis != -1:
+            raise VerificationError("act-order permutes another axis than the columns", where=label, found=axis)
+        return np.array(self.graph.values(node.input[1]))
+
+    def _shaped(self, name: str, shape: tuple[int, ...]) -> Any:
+        """A constant's values, which must have a shape.
+
+        Raises:
+            VerificationError: they have another one.
+        """
+        values = self.graph.values(name)
+        if values.shape != shape:
+            raise VerificationError("constant has the wrong shape", where=name, expected=shape, found=values.shape)
+        return values
+
+    def _small(self, name: str) -> Array | None:
+        """Values of a norm or bias: a float32 vector under a checkpoint's name."""
+        stem = name.removesuffix(_PLUS_ONE)
+        if len(self.graph.shape(name)) != 1 or not stem.endswith((".weight", ".bias")):
+            return None
+        values: Array = self.graph.values(name)
+        return values if values.dtype == np.float32 else None
 
 
-def weights(graph: OnnxGraph) -> Iterator[ReadBack]:
-    """Yield every matrix that the graph multiplies with or looks up, in graph order, and every small tensor.
+def _split(found: _Found, places: tuple[str, ...], shapes: Shapes) -> Iterator[ReadBack]:
+    """The layers whose rows a tensor holds, in order.
 
     Raises:
-        VerificationError: a weight is used in an unknown way, or its parts do not fit each other.
+        VerificationError: the rows of the layers do not add up to those of the tensor.
     """
-    places: dict[str, list[str]] = {}
-    found: dict[str, ReadBack] = {}
-    for node in graph.model.graph.node:
-        if node.op_type == "MatMulNBits":
-            item = _quantized(graph, node)
-        elif node.op_type == "MatMul" and _is_constant(graph, node.input[1]):
-            item = _dense(graph, node.input[1], ("Transpose", "Cast"))
-            transposed = graph.producers.get(node.input[1])
-            if transposed is None or transposed.op_type != "Transpose":
-                raise VerificationError("a weight is multiplied without being transposed", where=item.name)
-        elif (
-            node.op_type == "Gather" and node.input[0] in graph.tensors and len(graph.tensors[node.input[0]].dims) == 2
-        ):
-            item = _dense(graph, node.input[0], ())
+    names, weight = found.label.split("+"), found.weight
+    if len(names) == 1:
+        yield ReadBack(found.label, weight, found.element_type, places)
+        return
+    start = 0
+    for name in names:
+        shape = shapes.get(name) or shapes.get(name.removesuffix(".weight"))
+        if shape is None:
+            raise VerificationError("a tensor holds a layer that is not known", where=name)
+        rows = slice(start, start + shape[0])
+        start = rows.stop
+        if isinstance(weight, DenseWeight):
+            part: DenseWeight | QuantizedWeight = DenseWeight(weight.values[rows])
         else:
-            continue
-        places.setdefault(item.name, []).append(node.name)
-        found.setdefault(item.name, item)
-    for name, item in found.items():
-        yield ReadBack(item.name, item.weight, item.element_type, tuple(places[name]))
+            part = replace(
+                weight, codes=weight.codes[rows], scales=weight.scales[rows], zero_points=weight.zero_points[rows]
+            )
+        # Where layers of one node are products of their own, the node carries the layer's name.
+        yield ReadBack(name, part, found.element_type, places)
+    if start != weight.shape[0]:
+        raise VerificationError("rows do not add up", where=found.label, expected=start, found=weight.shape[0])
 
 
-def unnamed_matrices(graph: OnnxGraph, named: Mapping[str, object]) -> list[str]:
-    """Matrices that a product or a look-up uses and that are not among the `named` ones."""
-    unknown = set()
-    for node in graph.model.graph.node:
-        side = _MATRIX_USERS.get(node.op_type)
-        if side is None or not _is_constant(graph, node.input[side]):
-            continue
-        name = graph.behind(node.input[side], ("Transpose", "Cast"))
-        if len(graph.tensors[name].dims) < 2:
-            continue
-        label = name.removesuffix(".codes").removesuffix(".weight")
-        unknown |= {module for module in label.split("+") if module not in named}
-    return sorted(unknown)
+def _split_small(label: str, values: Array, places: tuple[str, ...], shapes: Shapes) -> Iterator[ReadBack]:
+    plus_one = label.endswith(_PLUS_ONE)
+    names = label.removesuffix(_PLUS_ONE).split("+")
+    start = 0
+    for name in names:
+        if name not in shapes:
+            raise VerificationError("a tensor is not known", where=name)
+        stop = start + int(np.prod(shapes[name]))
+        yield ReadBack(name, DenseWeight(values[start:stop]), "f32", places, added=int(plus_one))
+        start = stop
+    if start != values.size:
+        raise VerificationError("elements do not add up", where=label, expected=start, found=values.size)
 
 
-def _is_constant(graph: OnnxGraph, name: str) -> bool:
-    while name not in graph.tensors:
-        node = graph.producers.get(name)
-        if node is None or node.op_type not in ("Transpose", "Cast"):
-            return False
-        name = node.input[0]
-    return True
-
-
-def _dense(graph: OnnxGraph, name: str, kinds: tuple[str, ...]) -> ReadBack:
-    constant = graph.behind(name, kinds)
-    values = graph.values(constant)
-    kind = "f16" if values.dtype == np.float16 else "f32"
-    return ReadBack(constant.removesuffix(".weight"), DenseWeight(values), kind, ())
-
-
-def _quantized(graph: OnnxGraph, node: Any) -> ReadBack:
-    attributes = {attribute.name: attribute.i for attribute in node.attribute}
-    bits, block = int(attributes.get("bits", 4)), int(attributes["block_size"])
-    columns, rows = int(attributes["K"]), int(attributes["N"])
-    groups = -(-columns // block)
-    label = graph.behind(node.input[1], ()).removesuffix(".codes")
-    if bits not in (4, 8) or columns % block:
-        raise VerificationError(
-            "a quantised layer of an unknown layout", where=label, found=f"{bits} bits, K={columns}"
+def _same(one: _Found, other: _Found) -> bool:
+    return (
+        isinstance(one.weight, QuantizedWeight)
+        and isinstance(other.weight, QuantizedWeight)
+        and all(
+            np.array_equal(getattr(one.weight, part), getattr(other.weight, part))
+            for part in ("codes", "zero_points", "scales", "input_order")
         )
-    codes = _unpacked(graph.values(node.input[1]), bits).reshape(rows, columns)
-    scales = graph.values(graph.behind(node.input[2], ("Cast",))).reshape(rows, groups)
-    if len(node.input) > 3 and node.input[3]:
-        packed = graph.values(node.input[3]).reshape(rows, -1)
-        zero_points = np.ascontiguousarray(_unpacked(packed, bits)[:, :groups])
-    else:
-        zero_points = np.full((rows, groups), 2 ** (bits - 1), np.uint8)
-    order = None
-    gather = graph.producers.get(node.input[0])
-    if gather is not None and gather.op_type == "Gather" and gather.input[1] == f"{label}.input_order":
-        order = graph.values(gather.input[1])
-    weight = QuantizedWeight(codes, np.array(scales), zero_points, block, bits, input_order=order)
-    return ReadBack(label, without_filling(weight, label), f"u{bits}", ())
+    )
+
+
+def _check_finite(scales: Array, label: str) -> None:
+    """Neither onnx's checker nor ONNX Runtime minds a NaN among scales.
+
+    Raises:
+        VerificationError: a scale is NaN or infinite.
+    """
+    if not np.isfinite(scales.astype(np.float32)).all():
+        raise VerificationError("scales hold NaN or Inf", where=label)
 
 
 def _unpacked(packed: U8, bits: int) -> U8:

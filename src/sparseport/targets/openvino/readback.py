@@ -7,31 +7,45 @@ as quantised only if the operations around it compute scales * (codes - zero_poi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sparseport.checkpoints.folder import HEADS
 from sparseport.errors import VerificationError
+from sparseport.targets.read_back import ReadBack, Shapes
 from sparseport.weights.grouping import without_filling
 from sparseport.weights.linear import U8, DenseWeight, QuantizedWeight
 
 
-@dataclass(frozen=True)
-class ReadBack:
-    """One weight found in an IR.
+class OpenVinoReader:
+    """The reader of `targets.read_back` for a parsed IR."""
 
-    name          module name for `<module>.codes`, else the tensor's own name (`<module>.weight`)
-    weight        the values; a quantised one has uint8 codes whatever the stored type was
-    element_type  OpenVINO's name of the stored type
-    places        names of the operations that use it: linear layers, look-ups, and for small tensors any operation
-    """
+    graph_file = "openvino_model.xml"
+    data_file = "openvino_model.bin"
 
-    name: str
-    weight: QuantizedWeight | DenseWeight
-    element_type: str
-    places: tuple[str, ...]
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    @classmethod
+    def open(cls, folder: Path) -> OpenVinoReader:
+        """Parse a folder's IR; raises as `read_model`."""
+        return cls(read_model(folder / cls.graph_file))
+
+    def weights(self, shapes: Shapes) -> Iterator[ReadBack]:
+        """Every named weight, see `weights`; an IR has one constant per layer and needs no shapes."""
+        del shapes
+        return weights(self.model)
+
+    def unnamed_matrices(self, named: set[str]) -> list[str]:
+        """See `unnamed_matrices`."""
+        return unnamed_matrices(self.model, named)
+
+    def misplaced(self, module: str, places: tuple[str, ...], tied_head: bool) -> str | None:
+        """The traced graph names every operation after its module: a weight must sit where its name says."""
+        allowed = tuple(f"__module.{name}/" for name in (module, *(HEADS if tied_head else ())))
+        return next((place for place in places if not place.startswith(allowed)), None)
 
 
 def read_model(xml: Path) -> Any:

@@ -6,25 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from sparseport.checkpoints.safetensors import spec_of, write_safetensors
 from sparseport.child import Child
-from sparseport.errors import BadInput, Unsupported
+from sparseport.targets.model_files import copy_tokenizer_files, write_config, write_generation_config, write_json_file
 from sparseport.targets.openvino.constants import swap_constants
-from sparseport.targets.openvino.folder import (
-    copy_tokenizer_files,
-    write_config,
-    write_generation_config,
-    write_openvino_config,
-)
 from sparseport.targets.openvino.store import StoredDense, StoredQuantized, WeightStore
-from sparseport.weights.grouping import for_openvino
+from sparseport.targets.writer import f16_or_f32, without_place
+from sparseport.weights.layouts import GroupLayout, in_layout
 from sparseport.weights.linear import Array, DenseWeight, QuantizedWeight
 
 XML = "openvino_model.xml"
-# Rows converted at a time, so that a large embedding is never copied whole.
-_ROWS = 1024
 
 
 class OpenVinoWriter:
@@ -41,6 +32,7 @@ class OpenVinoWriter:
         config: dict[str, Any],
         small: Mapping[str, Array],
         tokenizer: bool,
+        dtype: str,
     ) -> None:
         """Start writing.
 
@@ -51,6 +43,7 @@ class OpenVinoWriter:
             config: the base's config.json.
             small: every tensor of fewer than two dimensions, by name.
             tokenizer: whether the folder gets a tokenizer.
+            dtype: what `openvino_config.json` says of the weights: int4, int8, fp16 or fp32.
 
         Raises:
             BadInput: a small tensor is not finite.
@@ -60,11 +53,12 @@ class OpenVinoWriter:
         self.versions: dict[str, str] = {}
         self.left_out: list[str] = []
         self._small = dict(small)
+        self._dtype = dtype
         write_config(config, folder)
         write_generation_config(base, config, folder)
         if tokenizer:
             copy_tokenizer_files(base, folder)
-        specs = [spec_of(name, _as_f16_or_f32(values, name)) for name, values in small.items()]
+        specs = [spec_of(name, f16_or_f32(values, name)) for name, values in small.items()]
         write_safetensors(scratch / "small.safetensors", specs)
         self._store = WeightStore(scratch / "weights.pack")
         self._stored: dict[str, StoredDense | StoredQuantized] = {}
@@ -85,25 +79,30 @@ class OpenVinoWriter:
         self._child.__exit__()
         self._store.close()
 
-    def add_linear(self, module: str, weight: QuantizedWeight | DenseWeight, stored_group: int | None) -> None:
-        """Store a linear layer's weight; a quantised one in groups of `stored_group` (see `openvino_layout`)."""
+    def add_linear(self, module: str, weight: QuantizedWeight | DenseWeight, layout: GroupLayout | None) -> None:
+        """Store a linear layer's weight; a quantised one in the groups of `layout`."""
         if isinstance(weight, QuantizedWeight):
-            assert stored_group is not None
-            self._stored[f"{module}.weight"] = self._store.add_quantized(for_openvino(weight, stored_group))
+            assert layout is not None
+            self._stored[f"{module}.weight"] = self._store.add_quantized(in_layout(weight, layout))
         else:
             self._stored[f"{module}.weight"] = self._store.add_dense(weight.values)
 
-    def add_tensor(self, name: str, values: Array) -> None:
-        """Store an embedding, head or other matrix as it is."""
+    def add_tensor(self, name: str, values: Array) -> dict[str, Any]:
+        """Store an embedding, head or other matrix as it is; INT8 is NNCF's, after the graph is written."""
         self._stored[name] = self._store.add_dense(values)
+        return {}
 
-    def save(self, dtype: str) -> None:
+    def certified(self) -> dict[str, dict[str, Any]]:
+        """Nothing: the traced graph itself names the place of every weight."""
+        return {}
+
+    def save(self) -> None:
         """Wait for the graph, put the weights in and write the IR and its config files."""
         import openvino as ov
 
         answer = self._child.result()
         self.versions = answer["versions"]
-        self._check_small(answer["constants"])
+        self.left_out = without_place(self._small, set(answer["constants"]))
         skeleton = self.scratch / "skeleton"
         model = ov.Core().read_model(skeleton / XML)
         alive = swap_constants(model, answer["constants"], self._stored, self._store)
@@ -112,65 +111,6 @@ class OpenVinoWriter:
         for path in sorted(skeleton.iterdir()):
             if path.name.startswith(("openvino_tokenizer", "openvino_detokenizer")):
                 path.rename(self.folder / path.name)
-        write_openvino_config(self.folder, dtype)
-
-    def _check_small(self, constants: dict[str, str]) -> None:
-        """Every small tensor of the checkpoint has a place in the graph, or changes nothing.
-
-        AutoGPTQ writes a bias of zeros for layers that have none; such a tensor is left out, with a note.
-
-        Raises:
-            Unsupported: the graph has no place for a tensor that is not all zeros.
-        """
-        for name, values in self._small.items():
-            if name in constants:
-                continue
-            if name.endswith(".bias") and not values.any():
-                self.left_out.append(name)
-                continue
-            raise Unsupported(
-                "the model has no place for this tensor",
-                where=name,
-                fix="check that config.json belongs to the weights",
-            )
-
-
-def as_stored(values: Array, precision: str, name: str) -> tuple[Array, int]:
-    """An embedding or head as it will be stored, and how many of its values that changes.
-
-    Args:
-        values: [vocabulary, hidden], any float dtype.
-        precision: fp16, fp32, or int8 (which starts from fp16).
-        name: tensor name, for messages.
-
-    Raises:
-        BadInput: a value is not finite, or overflows float16.
-    """
-    if values.dtype == np.float16 or precision == "fp32":
-        stored = values if values.dtype == np.float16 and precision != "fp32" else values.astype(np.float32)
-        _check_finite(stored, name)
-        return stored, 0
-    stored = np.empty(values.shape, np.float16)
-    changed = 0
-    for start in range(0, values.shape[0], _ROWS):
-        rows = slice(start, start + _ROWS)
-        wide = values[rows].astype(np.float32)
-        _check_finite(wide, name)
-        with np.errstate(over="ignore", under="ignore"):
-            stored[rows] = wide.astype(np.float16)
-        if not np.isfinite(stored[rows]).all():
-            raise BadInput("tensor overflows float16", where=name, fix="give --embedding fp32", code="E_OVERFLOW")
-        changed += int(np.count_nonzero(stored[rows].astype(np.float32) != wide))
-    return stored, changed
-
-
-def _check_finite(values: Array, name: str) -> None:
-    for start in range(0, values.shape[0], _ROWS):
-        if not np.isfinite(values[start : start + _ROWS].astype(np.float32)).all():
-            raise BadInput("tensor holds NaN or Inf", where=name, code="E_NAN", fix="download or train the base again")
-
-
-def _as_f16_or_f32(values: Array, name: str) -> Array:
-    if not np.isfinite(values.astype(np.float32)).all():
-        raise BadInput("tensor holds NaN or Inf", where=name, code="E_NAN")
-    return values if values.dtype == np.float16 else values.astype(np.float32)
+        # Optimum reads this file: weights are in place, nothing is to be quantised on load.
+        settings = {"dtype": self._dtype, "input_info": None, "quantization_config": None, "save_onnx_model": False}
+        write_json_file(settings, self.folder / "openvino_config.json")

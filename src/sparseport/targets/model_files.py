@@ -1,4 +1,4 @@
-"""The files around the IR that make a folder load in Optimum and OpenVINO GenAI: configs and tokenizer files."""
+"""The model's own files that every runtime's folder needs: configs and tokenizer files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from sparseport.checkpoints.json_files import read_json, write_json
 from sparseport.checkpoints.paths import bare_file
-from sparseport.targets.openvino.tokenizer import TOKENIZER_FILES
+from sparseport.targets.tokenizer_files import TOKENIZER_FILES
 
 # Keys of config.json that describe how the source was stored, or that could make a loader run code.
 _DROPPED = ("quantization_config", "compression_config", "auto_map", "_name_or_path", "_attn_implementation_internal")
@@ -31,7 +31,7 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 def write_config(config: dict[str, Any], folder: Path) -> None:
     """Write `config.json` without the keys that describe the source's storage: the folder is no GPTQ checkpoint."""
     kept = {key: value for key, value in config.items() if key not in _DROPPED and not key.startswith("_")}
-    _write_json(kept, folder / "config.json")
+    write_json_file(kept, folder / "config.json")
 
 
 def write_generation_config(base: Path, config: dict[str, Any], folder: Path) -> None:
@@ -44,7 +44,7 @@ def write_generation_config(base: Path, config: dict[str, Any], folder: Path) ->
     else:
         keys = ("bos_token_id", "eos_token_id", "pad_token_id")
         data = {key: config[key] for key in keys if config.get(key) is not None}
-    _write_json(
+    write_json_file(
         {key: value for key, value in data.items() if not key.startswith("_")}, folder / "generation_config.json"
     )
 
@@ -92,13 +92,6 @@ def _is_path(key: str, value: object) -> bool:
     return any(separator in value for separator in "/\\") or value.startswith("~") or value[1:2] == ":"
 
 
-def write_openvino_config(folder: Path, dtype: str) -> None:
-    """Write `openvino_config.json`, which Optimum reads: weights are in place, nothing is to be quantised on load."""
-    _write_json(
-        {"dtype": dtype, "input_info": None, "quantization_config": None, "save_onnx_model": False},
-        folder / "openvino_config.json",
-    )
-
-
-def _write_json(data: dict[str, Any], path: Path) -> None:
+def write_json_file(data: dict[str, Any], path: Path) -> None:
+    """Write indented JSON with sorted keys."""
     path.write_text(json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

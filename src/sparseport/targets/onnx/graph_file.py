@@ -1,0 +1,220 @@
+"""A parsed `model.onnx` and the bytes of its external tensors, for the reader."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparseport.errors import VerificationError
+
+# ONNX's numbers of element types: FLOAT, UINT8, INT32, INT64, FLOAT16, UINT4.
+_DTYPES: dict[int, np.dtype[Any]] = {
+    1: np.dtype("<f4"),
+    2: np.dtype("u1"),
+    6: np.dtype("<i4"),
+    7: np.dtype("<i8"),
+    10: np.dtype("<f2"),
+    21: np.dtype("u1"),
+}
+_UINT4 = 21
+_EXTERNAL = 1
+
+
+class OnnxGraph:
+    """The nodes and constants of a graph; external tensors are memory-mapped."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        """Parse a folder's graph.
+
+        Raises:
+            VerificationError: it cannot be parsed, two constants or results have one name, or it holds graphs or
+                functions inside, whose weights would go unproven.
+        """
+        import onnx
+
+        self.folder = folder
+        try:
+            self.model = onnx.load(folder / name, load_external_data=False)
+        except Exception as error:
+            raise VerificationError("ONNX cannot read the model", where=name, found=str(error)[:120]) from error
+        graph = self.model.graph
+        self.nodes = list(graph.node)
+        self.tensors: dict[str, Any] = {}
+        self.producers: dict[str, Any] = {}
+        self.users: dict[str, list[Any]] = {}
+        for tensor in graph.initializer:
+            self._once(tensor.name, self.tensors)
+            self.tensors[tensor.name] = tensor
+        inner = any(attribute.HasField("g") or attribute.graphs for node in self.nodes for attribute in node.attribute)
+        if graph.sparse_initializer or self.model.functions or inner:
+            raise VerificationError("the graph holds parts that are not read back: functions, subgraphs", where=name)
+        for node in self.nodes:
+            for output in node.output:
+                self._once(output, self.producers)
+                self.producers[output] = node
+            for value in set(node.input):
+                self.users.setdefault(value, []).append(node)
+        self._maps: dict[str, Any] = {}
+
+    def _once(self, name: str, known: dict[str, Any]) -> None:
+        if name and (name in self.tensors or name in known):
+            raise VerificationError("two constants or results have one name", where=name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a constant."""
+        return tuple(int(length) for length in self.tensors[name].dims)
+
+    def bits(self, name: str) -> int:
+        """Bits per element of a constant of integers."""
+        return 4 if self.tensors[name].data_type == _UINT4 else 8
+
+    def values(self, name: str) -> Any:
+        """A constant's values in the dtype it is stored in; 4-bit ones as uint8.
+
+        Raises:
+            VerificationError: no such constant, an unknown type, or a place outside its file.
+        """
+        tensor = self.tensors.get(name)
+        dtype = _DTYPES.get(tensor.data_type) if tensor is not None else None
+        if tensor is None or dtype is None:
+            raise VerificationError("constant is missing or of an unknown type", where=name)
+        shape = self.shape(name)
+        if min(shape, default=1) < 0:
+            raise VerificationError("constant has a negative length", where=name, found=shape)
+        count = int(np.prod(shape, dtype=np.int64))
+        nibbles = tensor.data_type == _UINT4
+        size = -(-count // 2) if nibbles else count * dtype.itemsize
+        data = self._external(tensor, size) if tensor.data_location == _EXTERNAL else self._inline(tensor, size)
+        flat = np.frombuffer(data, dtype)
+        if nibbles:
+            # ONNX packs 4-bit elements two to a byte, the first in the low half.
+            flat = np.stack([flat & np.uint8(15), flat >> np.uint8(4)], axis=-1).reshape(-1)[:count]
+        return flat.reshape(shape)
+
+    def _inline(self, tensor: Any, size: int) -> bytes:
+        from onnx import numpy_helper
+
+        if tensor.raw_data:
+            data = bytes(tensor.raw_data)
+        else:
+            try:
+                data = numpy_helper.to_array(tensor).tobytes()
+            except Exception as error:
+                raise VerificationError("constant cannot be read", where=tensor.name, found=str(error)[:80]) from error
+        if len(data) != size:
+            raise VerificationError("constant has too few or too many bytes", where=tensor.name, found=len(data))
+        return data
+
+    def _external(self, tensor: Any, size: int) -> Any:
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        location = entries.get("location", "")
+        try:
+            offset, length = (int(entries.get(key, "0")) for key in ("offset", "length"))
+        except ValueError as error:
+            raise VerificationError("external data has no place", where=tensor.name, found=str(entries)[:80]) from error
+        if not location or Path(location).name != location or location in (".", "..") or "\\" in location:
+            raise VerificationError("external data lies outside the folder", where=tensor.name, found=location[:80])
+        path = self.folder / location
+        if path.is_symlink() or not path.is_file():
+            raise VerificationError("external data file is missing", where=location)
+        data = self._maps.get(location)
+        if data is None:
+            data = self._maps[location] = (
+                np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
+            )
+        if length != size or offset < 0 or offset + size > data.size:
+            raise VerificationError(
+                "external data does not fit its tensor",
+                where=f"{location}, {tensor.name}",
+                expected=f"{size} bytes",
+                found=f"{length} bytes at {offset} of {data.size}",
+            )
+        return data[offset : offset + size]
+
+    def constant_behind(self, name: str, kinds: tuple[str, ...]) -> str | None:
+        """The constant that a value is made of, looking through operations of some kinds; None if there is none."""
+        while name not in self.tensors:
+            node = self.producers.get(name)
+            if node is None or node.op_type not in kinds:
+                return None
+            name = node.input[0]
+        return name
+
+    def behind(self, name: str, kinds: tuple[str, ...]) -> str:
+        """As `constant_behind`.
+
+        Raises:
+            VerificationError: there is no constant behind it.
+        """
+        constant = self.constant_behind(name, kinds)
+        if constant is None:
+            raise VerificationError("a weight is computed by something else", where=name)
+        return constant
+
+    def expect_behind(self, name: str, kinds: tuple[str, ...], constant: str) -> None:
+        """Only operations of the given kinds may stand between a value and its constant.
+
+        Raises:
+            VerificationError: another one does.
+        """
+        if self.constant_behind(name, kinds) != constant:
+            raise VerificationError("a weight is computed by something else", where=constant)
+
+    def label(self, name: str, suffix: str) -> str:
+        """The label of a constant whose name ends in a suffix.
+
+        Raises:
+            VerificationError: it is no constant, or named otherwise.
+        """
+        if name not in self.tensors or not name.endswith(suffix):
+            raise VerificationError(f"a quantised layer's constant is not named *{suffix}", where=name)
+        return name.removesuffix(suffix)
+
+    def producer(self, name: str, kind: str) -> Any:
+        """The node that makes a value, which must be of a kind.
+
+        Raises:
+            VerificationError: it is not.
+        """
+        node = self.producers.get(name)
+        if node is None or node.op_type != kind:
+            raise VerificationError("operation missing around a quantised weight", where=name, expected=kind)
+        return node
+
+    def first_of(self, name: str, kind: str, kinds: tuple[str, ...]) -> Any:
+        """The nearest node of a kind above a value, looking through the given kinds.
+
+        Raises:
+            VerificationError: there is none.
+        """
+        node = self.producers.get(name)
+        while node is not None and node.op_type != kind and node.op_type in kinds:
+            node = self.producers.get(node.input[0])
+        if node is None or node.op_type != kind:
+            raise VerificationError("operation missing around a quantised weight", where=name, expected=kind)
+        return node
+
+    def only_user(self, name: str, kind: str) -> Any:
+        """The one node that uses a value, which must be of a kind.
+
+        Raises:
+            VerificationError: several use it, or one of another kind.
+        """
+        users = self.users.get(name, [])
+        if len(users) != 1 or users[0].op_type != kind:
+            raise VerificationError(
+                "operation missing around a quantised weight",
+                where=name,
+                expected=kind,
+                found=[user.op_type for user in users],
+            )
+        return users[0]
+
+    def is_transposed(self, name: str) -> bool:
+        """Whether a matrix reaches a product through a Transpose of its two axes."""
+        node = self.producers.get(name)
+        if node is None or node.op_type != "Transpose":
+            return False
+        return any(attribute.name == "perm" and list(attribute.ints) == [1, 0] for attribute in node.attribute)

@@ -1,0 +1,161 @@
+"""Write one ONNX folder: store weights as they come, then put them into the builder's graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparseport.child import Child
+from sparseport.recipe import OnnxRecipe
+from sparseport.targets.model_files import copy_tokenizer_files, write_config, write_generation_config
+from sparseport.targets.onnx.builder import SKELETON
+from sparseport.targets.onnx.folder import write_genai_config
+from sparseport.targets.onnx.graph import Written, write_model
+from sparseport.targets.onnx.store import Layout, OnnxStore, Stored
+from sparseport.targets.writer import f16_or_f32, without_place
+from sparseport.weights.digest import digest, value_digest
+from sparseport.weights.layouts import GroupLayout, in_layout, matmulnbits_layout
+from sparseport.weights.linear import Array, DenseWeight, QuantizedWeight
+from sparseport.weights.rounding import choose_qparams_minmax, error_in_steps, quantize_to_grid
+
+ACCURACY_LEVELS = {"exact": 1, "fast": 4}
+"""MatMulNBits' accuracy_level: 1 multiplies in float32, 4 rounds activations to int8 first."""
+
+# Rows quantised at a time, so that a large embedding is never widened whole.
+_ROWS = 4096
+
+
+class OnnxWriter:
+    """Takes merged weights one at a time and writes a folder.
+
+    The builder's process starts at once and runs beside the merge.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        scratch: Path,
+        base: Path,
+        config: dict[str, Any],
+        small: Mapping[str, Array],
+        tokenizer: bool,
+        embedding: str,
+        settings: OnnxRecipe,
+    ) -> None:
+        """Start writing.
+
+        Args:
+            folder: folder to fill.
+            scratch: folder for intermediate files.
+            base: folder of the base model, for its tokenizer and generation config.
+            config: the base's config.json.
+            small: every tensor of fewer than two dimensions, by name.
+            tokenizer: whether the folder gets a tokenizer.
+            embedding: how embedding and head are stored: fp16, fp32 or int8.
+            settings: format and accuracy.
+
+        Raises:
+            BadInput: a small tensor is not finite.
+        """
+        self.folder = folder
+        self.scratch = scratch
+        self.versions: dict[str, str] = {}
+        self.left_out: list[str] = []
+        self._settings, self._embedding = settings, embedding
+        self._small = {name: f16_or_f32(values, name) for name, values in small.items()}
+        write_config(config, folder)
+        write_generation_config(base, config, folder)
+        if tokenizer:
+            copy_tokenizer_files(base, folder)
+        self._store = OnnxStore(scratch / "weights.pack", _layout(settings))
+        self._stored: dict[str, Stored] = {}
+        self._labels: dict[str, str] = {}  # module -> name in the certificate
+        self._written: Written | None = None
+        request = {"config": str(folder / "config.json"), "output": str(scratch / "graph")}
+        self._child = Child("sparseport.targets.onnx.builder", request)
+
+    def __enter__(self) -> OnnxWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._child.__exit__()
+        self._store.close()
+
+    def add_linear(self, module: str, weight: QuantizedWeight | DenseWeight, layout: GroupLayout | None) -> None:
+        """Store a linear layer's weight; a quantised one in the groups of `layout`."""
+        self._labels[module] = module
+        if isinstance(weight, QuantizedWeight):
+            assert layout is not None
+            self._stored[module] = self._store.add_quantized(module, in_layout(weight, layout))
+        else:
+            self._stored[module] = self._store.add_dense(f"{module}.weight", weight.values)
+
+    def add_tensor(self, name: str, values: Array) -> dict[str, Any]:
+        """Store an embedding, head or other matrix, in 8 bits if that was asked for."""
+        module = name.removesuffix(".weight")
+        self._labels[module] = name
+        if self._embedding != "int8":
+            self._stored[module] = self._store.add_dense(name, values)
+            return {}
+        weight = quantize_rows(values, matmulnbits_layout(values.shape[1], name).part)
+        self._stored[module] = self._store.add_quantized(name, weight)
+        largest, mean = error_in_steps(weight, values)
+        return {
+            "bits": weight.bits,
+            "group_size": weight.group_size,
+            "stored": f"u8 g{weight.group_size}",
+            "compressed_sha256": digest(weight),
+            "compression_error_steps": {"max": f"{largest:.3f}", "mean": f"{mean:.3f}"},
+        }
+
+    def save(self) -> None:
+        """Wait for the graph, put the weights in and write the model and `genai_config.json`."""
+        answer = self._child.result()
+        self.versions = answer["versions"]
+        placed = {str(piece[0]) for pieces in answer["small"].values() for piece in pieces}
+        self.left_out = without_place(self._small, placed)
+        built = self.scratch / "graph"
+        level = ACCURACY_LEVELS[self._settings.accuracy]
+        self._written = write_model(
+            built / SKELETON, self.folder, answer, self._stored, self._small, self._store, level
+        )
+        write_genai_config(built, self.folder)
+
+    def certified(self) -> dict[str, dict[str, Any]]:
+        """Where the graph uses each matrix, as the builder laid it out, and which norms are stored plus 1."""
+        assert self._written is not None
+        facts: dict[str, dict[str, Any]] = {
+            self._labels[module]: {"places": sorted(places)} for module, places in self._written.places.items()
+        }
+        for name in self._written.plus_one:
+            facts[name] = {
+                "added": 1,
+                "value_sha256": value_digest(self._small[name].astype(np.float32) + np.float32(1)),
+            }
+        return facts
+
+
+def quantize_rows(values: Array, group_size: int) -> QuantizedWeight:
+    """An embedding in 8 bits: per group of columns, from the group's least to its largest value, rounded to nearest.
+
+    Args:
+        values: [vocabulary, hidden], any float dtype.
+        group_size: columns per group.
+    """
+    parts = []
+    for start in range(0, values.shape[0], _ROWS):
+        rows = values[start : start + _ROWS].astype(np.float32)
+        scales, zero_points = choose_qparams_minmax(rows, group_size, symmetric=False, bits=8)
+        parts.append((quantize_to_grid(rows, scales, zero_points, group_size, bits=8), scales, zero_points))
+    codes, scales, zero_points = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return QuantizedWeight(codes, scales, zero_points, group_size, bits=8)
+
+
+def _layout(settings: OnnxRecipe) -> Layout:
+    """ONNX Runtime fuses DequantizeLinear by columns, and then computes in int8; by rows it leaves it as it is."""
+    if settings.format == "nbits":
+        return Layout.NBITS
+    return Layout.COLUMNS if settings.accuracy == "fast" else Layout.ROWS

@@ -1,0 +1,81 @@
+"""What every reader of a written folder gives: the weights that its graph really uses, each once, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from sparseport.weights.linear import DenseWeight, QuantizedWeight
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class ReadBack:
+    """One weight found in a graph.
+
+    name          module name of a quantised layer, else the tensor's own name (`<module>.weight`)
+    weight        the values; a quantised one has uint8 codes whatever the stored type was
+    element_type  name of the stored type: `u4`, `i4`, `u8`, `i8`, `f16`, `f32`
+    places        names of the operations that use it: linear layers, look-ups, and for small tensors any operation
+    added         what the graph holds more than the checkpoint in every element (1 for Gemma's norms in ONNX)
+    """
+
+    name: str
+    weight: QuantizedWeight | DenseWeight
+    element_type: str
+    places: tuple[str, ...]
+    added: int = 0
+
+
+class GraphReader(Protocol):
+    """A written graph, parsed from disk by code that did not write it."""
+
+    graph_file: str
+    """Name of the file with the graph, for messages."""
+
+    data_file: str
+    """Name of the file with the weights' bytes, for messages."""
+
+    def weights(self, shapes: Shapes) -> Iterator[ReadBack]:
+        """Yield every named weight that the graph uses, in graph order.
+
+        Args:
+            shapes: shape of every weight by module or tensor name, as certified; where a graph holds several layers in
+                one tensor they tell the rows apart.
+
+        Raises:
+            VerificationError: a weight is stored or used in a way that is not known, or its parts do not fit.
+        """
+        ...
+
+    def unnamed_matrices(self, named: set[str]) -> list[str]:
+        """Matrices that a linear layer or a look-up uses and that are not among the `named` ones; sorted."""
+        ...
+
+    def misplaced(self, module: str, places: tuple[str, ...], tied_head: bool) -> str | None:
+        """The first of a weight's places that is not its own; None if all are, or if the graph's names do not tell.
+
+        Args:
+            module: the layer that the weight belongs to.
+            places: where the graph uses it.
+            tied_head: the weight is the embedding, and the head uses it too.
+        """
+        ...
+
+
+def open_reader(target: str, folder: Path) -> GraphReader:
+    """Parse the graph of a folder that was written for a target.
+
+    Raises:
+        VerificationError: the runtime's own parser cannot read it.
+    """
+    if target == "onnx":
+        from sparseport.targets.onnx.readback import OnnxReader
+
+        return OnnxReader.open(folder)
+    from sparseport.targets.openvino.readback import OpenVinoReader
+
+    return OpenVinoReader.open(folder)
