@@ -286,7 +286,7 @@ def test_a_gguf_file(tmp_path: Path, capsys) -> None:
     with in_process():
         assert main([*shlex.split(found.next[1])[1:], "--dry-run", "--json"]) == 0
     layers = json.loads(capsys.readouterr().out)["layers"]
-    assert {layer["stored"] for layer in layers} == {"f32"}
+    assert {layer["stored"]["openvino"] for layer in layers} == {"f32"}
 
     model = write_gguf(tmp_path / "floats.gguf")
     assert not any("blocks" in line for line in inspect(tmp_path / "floats.gguf").loses)

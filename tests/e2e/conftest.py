@@ -46,6 +46,14 @@ def tiny_qa(run_export: Any, tiny_qa_inputs: Inputs) -> tuple[Recipe, ExportResu
 
 
 @pytest.fixture(scope="session")
+def tiny_both(run_export: Any, tiny_qa_inputs: Inputs) -> tuple[Recipe, ExportResult]:
+    """The same model, exported to OpenVINO and ONNX Runtime from one merge."""
+    pytest.importorskip("onnxruntime_genai")
+    result: tuple[Recipe, ExportResult] = run_export(**tiny_qa_inputs, target=["openvino", "onnx"])
+    return result
+
+
+@pytest.fixture(scope="session")
 def real_inputs(demo_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     """SmolLM2-135M pruned by magnitude, in INT4, with a random QA-SparsePEFT super-adapter.
 

@@ -50,7 +50,7 @@ class InProcess:
 
     def result(self) -> dict[str, Any]:
         step = getattr(importlib.import_module(self._module), STEPS[self._module])
-        if self._module == BUILDER or (self._module == FRONTEND and self._request["tokenizer"] is None):
+        if self._module in (FRONTEND, BUILDER) and self._request["tokenizer"] is None:
             return _trace_once(step, self._request)
         result: dict[str, Any] = step(**self._request)
         return result

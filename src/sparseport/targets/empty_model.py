@@ -37,14 +37,24 @@ def load_config(config_json: Path) -> PretrainedConfig:
         raise BadInput("transformers refuses the model's config", where=config_json, found=error) from error
 
 
-def empty_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The model with parameters on the meta device and real buffers (rotary frequencies are computed, not stored)."""
+def empty_model(config: PretrainedConfig, dtype: str = "float16", attention: str | None = None) -> PreTrainedModel:
+    """The model with parameters on the meta device and real buffers (rotary frequencies are computed, not stored).
+
+    Args:
+        config: the architecture.
+        dtype: torch's name of the parameters' dtype.
+        attention: transformers' name of the attention implementation; None leaves it to the config.
+
+    Raises:
+        Unsupported: transformers makes no such model, or a buffer of it has no value before training.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
+            chosen = {} if attention is None else {"attn_implementation": attention}
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), **chosen)
     except Exception as error:
         raise Unsupported("transformers makes no causal model of this config", found=error) from error
     for module in model.modules():

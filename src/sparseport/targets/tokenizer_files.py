@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 from sparseport.errors import BadInput
 
 TOKENIZER_FILES = (
@@ -21,6 +24,45 @@ ROUND_TRIP_SAMPLES = (
     "  two  spaces, tabs\tand newlines\n\n",
     "naïve café, 北京, ünïcödé, 😀🎉",
 )
+
+
+def load_tokenizer(source: Path, vocab_size: int | None = None) -> Any:
+    """The Hugging Face tokenizer of a folder, padding on the left.
+
+    Args:
+        source: folder with the tokenizer's files.
+        vocab_size: rows of the model's embedding; None takes it from the config.json in `source`.
+
+    Raises:
+        BadInput: there is no tokenizer in `source`, it cannot be loaded, or it gives ids that the model does not have.
+    """
+    from transformers import AutoTokenizer
+
+    from sparseport.targets.empty_model import load_config
+
+    if not any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise BadInput(
+            "the base model has no tokenizer",
+            where=source.name,
+            code="E_TOKENIZER",
+            fix="put the tokenizer's files beside the model, or give --no-tokenizer",
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer.padding_side = "left"
+        tokenizer.truncation_side = "left"
+    except Exception as error:
+        raise BadInput(
+            "the tokenizer cannot be loaded",
+            where=source.name,
+            found=f"{type(error).__name__}: {error}",
+            code="E_TOKENIZER",
+            fix="mend the tokenizer, or give --no-tokenizer",
+        ) from error
+    if vocab_size is None:
+        vocab_size = load_config(source / "config.json").get_text_config().vocab_size
+    check_ids(tokenizer.get_vocab(), vocab_size, source.name)
+    return tokenizer
 
 
 def check_ids(vocabulary: dict[str, int], vocab_size: int, where: str) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparseport.errors import FidelityError
+from sparseport.targets.empty_model import empty_model, load_config
 from sparseport.targets.read_back import GraphReader, open_reader
 from sparseport.verify.runs import DECODE_TOKENS, PREFILL_TOKENS, runs_of
 from sparseport.weights.linear import DenseWeight, QuantizedWeight
@@ -133,12 +134,7 @@ def reference_model(folder: Path, weights: Iterable[tuple[str, QuantizedWeight |
 
 def _empty_network(folder: Path) -> Any:
     """The model on the meta device: nothing is initialised only to be overwritten."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    return empty_model(load_config(folder / "config.json"), dtype="float32", attention="eager")
 
 
 def _filled(network: Any, weights: Iterable[tuple[str, QuantizedWeight | DenseWeight, int]]) -> Any:
@@ -158,16 +154,7 @@ def _filled(network: Any, weights: Iterable[tuple[str, QuantizedWeight | DenseWe
     missing = [name for name, value in network.named_parameters() if value.is_meta]
     if missing:
         raise FidelityError("the graph does not hold all parameters of the model", where=missing[0], found=len(missing))
-    _rebuild_buffers(network, network.config)
     return network.eval()
-
-
-def _rebuild_buffers(network: Any, config: Any) -> None:
-    """Buffers such as rotary frequencies are not stored; make the modules that own them again, off the meta device."""
-    for name, module in list(network.named_modules()):
-        if any(buffer is not None and buffer.is_meta for buffer in module._buffers.values()):
-            owner, _, leaf = name.rpartition(".")
-            setattr(network.get_submodule(owner), leaf, type(module)(config))
 
 
 def _tokens(folder: Path) -> tuple[list[int], bool]:

@@ -24,12 +24,13 @@ PLACEHOLDER = "placeholder.data"
 _FIRST_MARK, _LAST_MARK = 1 << 22, 1 << 24
 
 
-def build_graph(config: str, output: str) -> dict[str, Any]:
+def build_graph(config: str, output: str, tokenizer: str | None = None) -> dict[str, Any]:
     """Write `skeleton.onnx` and `genai_config.json` into `output`.
 
     Args:
         config: path of the model's config.json, with generation_config.json beside it.
         output: folder to write into.
+        tokenizer: folder of the tokenizer that onnxruntime-genai has to read right, or None.
 
     Returns:
         `matmuls`: node name -> modules whose weights it multiplies with, in the order of their rows.
@@ -40,25 +41,35 @@ def build_graph(config: str, output: str) -> dict[str, Any]:
     Raises:
         Unsupported: the builder does not know the architecture, or computes with norms and biases in a way that the
             marks do not follow.
+        BadInput, FidelityError: there is no usable tokenizer, or onnxruntime-genai reads it in another way.
     """
     from importlib.metadata import version
 
     from sparseport.errors import Unsupported
     from sparseport.targets.empty_model import empty_model, load_config, quiet
+    from sparseport.targets.onnx.tokenizer import check_tokenizer
 
     target = Path(output)
     target.mkdir(parents=True, exist_ok=True)
     network = empty_model(load_config(Path(config)))
     marked = _mark_small(network)
+    # Taken before the builder runs: it hangs parts of layers that it takes apart into the model.
+    names = {id(module): name for name, module in network.named_modules()}
     with quiet():
         try:
             graph, nodes = _run_builder(network, Path(config).parent, target)
-        except NotImplementedError as error:
-            raise Unsupported("onnxruntime-genai's builder cannot build this model", found=error) from error
-    names = {id(module): name for name, module in network.named_modules()}
-    matmuls = {node: [names[id(part)] for part in parts] for node, parts in nodes.items()}
+        except Exception as error:  # a script for many architectures, which can fail on one anywhere
+            raise Unsupported(
+                "onnxruntime-genai's builder cannot build this model",
+                where=network.config.model_type,
+                found=f"{type(error).__name__}: {error}",
+                fix="export to OpenVINO",
+            ) from error
+    matmuls = {node: _modules_of(node, parts, names) for node, parts in nodes.items()}
     small = _find_marks(graph, marked)
     _save_skeleton(graph, target / SKELETON)
+    if tokenizer is not None:
+        check_tokenizer(Path(tokenizer), target)
     packages = ("torch", "transformers", "onnx", "onnx-ir", "onnxruntime-genai")
     return {
         "matmuls": matmuls,
@@ -67,6 +78,21 @@ def build_graph(config: str, output: str) -> dict[str, Any]:
         "tied": bool(network.config.get_text_config().tie_word_embeddings),
         "versions": {name: version(name) for name in packages},
     }
+
+
+def _modules_of(node: str, parts: list[Any], names: dict[int, str]) -> list[str]:
+    """Names of the modules that a node stands for.
+
+    Raises:
+        Unsupported: the builder multiplies with something that is no layer of the model, such as half of one.
+    """
+    from sparseport.errors import Unsupported
+
+    if any(id(part) not in names for part in parts):
+        raise Unsupported(
+            "onnxruntime-genai's builder takes a layer of this model apart", where=node, fix="export to OpenVINO"
+        )
+    return [names[id(part)] for part in parts]
 
 
 def _mark_small(network: Any) -> dict[str, tuple[int, int]]:
@@ -166,12 +192,54 @@ def _run_builder(network: Any, source: Path, target: Path) -> tuple[Any, dict[st
         "execution_provider": "cpu",
         "cache_dir": str(target / "cache"),
     }
-    with mock.patch.multiple(base.Model, **changes), contextlib.redirect_stdout(io.StringIO()):
-        options = builder.parse_extra_options(**arguments, extra_options=["shared_embeddings=false"])
+    with (
+        mock.patch.multiple(base.Model, **changes),
+        mock.patch.object(builder, "AutoTokenizer", _TokenizerOrNone),
+        mock.patch.object(builder, "AutoConfig", _ConfigWithOldNames),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        options = builder.parse_extra_options(
+            **arguments, extra_options=["shared_embeddings=false", "windowed_kv_cache=false"]
+        )
         builder.create_model(**arguments, **options)
     with contextlib.suppress(OSError):
         (target / "cache").rmdir()
     return captured["graph"], nodes
+
+
+class _TokenizerOrNone:
+    """Stands for `AutoTokenizer`: the builder looks for special tokens in the vocabulary, and can do without."""
+
+    @classmethod
+    def from_pretrained(cls, folder: str, **options: Any) -> Any:
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(folder, **options)
+        except (OSError, ValueError):
+            return cls()
+
+    def get_vocab(self) -> dict[str, int]:
+        return {}
+
+
+class _ConfigWithOldNames:
+    """Stands for `AutoConfig`: the builder reads a few keys by names that transformers 5 no longer uses."""
+
+    @staticmethod
+    def from_pretrained(folder: str, **options: Any) -> Any:
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(folder, **options)
+        rope = getattr(config, "rope_parameters", None) or {}
+        if "full_attention" in rope and "sliding_attention" in rope:  # Gemma 3: two thetas
+            config.rope_theta = rope["full_attention"]["rope_theta"]
+            config.rope_local_base_freq = rope["sliding_attention"]["rope_theta"]
+        if getattr(config, "sliding_window", None) and not getattr(config, "layer_types", None):  # Mistral
+            config.layer_types = ["sliding_attention"] * config.num_hidden_layers
+        if config.eos_token_id is None:
+            config.eos_token_id = 0  # the builder insists; `folder.write_genai_config` writes the model's own
+        return config
 
 
 def _import_builder() -> tuple[Any, Any]:
@@ -200,7 +268,7 @@ def _save_skeleton(model: Any, path: Path) -> None:
 
     model.graph.sort()
     for name, value in model.graph.initializers.items():
-        if len(value.shape) >= 2 and name not in ("cos_cache", "sin_cache"):
+        if len(value.shape) >= 2 and not name.startswith(("cos_cache", "sin_cache")):
             size = value.dtype.itemsize
             for length in value.shape:
                 size *= int(length)

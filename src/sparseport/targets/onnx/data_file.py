@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sparseport.targets.blocks import Block, BlockFile
+from sparseport.weights.linear import Array
 
 DATA = "model.onnx.data"
 # External tensors start at whole pages, so that a runtime can map them.
@@ -30,17 +33,29 @@ class DataFile:
         """Append blocks of one type, one after the other, as one tensor; returns its `TensorProto`."""
         import onnx
 
-        offset = -(-self._file.tell() // _PAGE) * _PAGE
-        self._file.write(b"\0" * (offset - self._file.tell()))
+        offset = self._next_page()
         for block in blocks:
             for piece in self._store.pieces(block):
                 self._file.write(piece)
-        tensor = onnx.TensorProto(
-            name=name,
-            dims=shape,
-            data_type=onnx.TensorProto.DataType.Value(blocks[0].element_type),
-            data_location=onnx.TensorProto.EXTERNAL,
-        )
-        for key, value in (("location", DATA), ("offset", offset), ("length", sum(block.size for block in blocks))):
+        return self._proto(name, onnx.TensorProto.DataType.Value(blocks[0].element_type), shape, offset)
+
+    def array(self, name: str, values: Array, data_type: int) -> Any:
+        """Append an array as a tensor of ONNX's element type `data_type`."""
+        offset = self._next_page()
+        self._file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+        return self._proto(name, data_type, values.shape, offset)
+
+    def _next_page(self) -> int:
+        offset = -(-self._file.tell() // _PAGE) * _PAGE
+        self._file.write(b"\0" * (offset - self._file.tell()))
+        return offset
+
+    def _proto(self, name: str, data_type: int, shape: Sequence[int], offset: int) -> Any:
+        """The tensor whose bytes go from `offset` to the end of the file."""
+        import onnx
+
+        external = onnx.TensorProto.EXTERNAL
+        tensor = onnx.TensorProto(name=name, dims=shape, data_type=data_type, data_location=external)
+        for key, value in (("location", DATA), ("offset", offset), ("length", self._file.tell() - offset)):
             tensor.external_data.add(key=key, value=str(value))
         return tensor

@@ -21,6 +21,8 @@ from sparseport.weights.linear import Array
 
 MODEL = "model.onnx"
 PLUS_ONE = ".plus_one"
+# Bytes from which a constant goes into the data file.
+_LARGE = 1 << 14
 Pieces = Sequence[Sequence[Any]]
 
 
@@ -66,9 +68,11 @@ def write_model(
     with DataFile(folder, store) as data:
         products = Products(data, accuracy_level)
         places = _fill(model.graph, products, answer, stored)
-    outside = {tensor.name for tensor in model.graph.initializer if tensor.external_data}
-    kept = [tensor for tensor in model.graph.initializer if tensor.name not in outside | set(answer["small"])]
+        kept = [_kept(tensor, data) for tensor in model.graph.initializer if _is_kept(tensor, answer["small"])]
     renamed, tensors = _small_tensors(answer["small"], small)
+    renamed |= {tensor.name: _own_name(tensor.name) for tensor in kept}
+    for tensor in kept:
+        tensor.name = renamed[tensor.name]
     for node in products.nodes:
         for index, name in enumerate(node.input):
             node.input[index] = renamed.get(name, name)
@@ -87,6 +91,24 @@ def write_model(
     onnx.save(model, folder / MODEL)
     pieces = [piece for found in answer["small"].values() for piece in found]
     return Written(places, sorted({str(piece[0]) for piece in pieces if piece[3]}))
+
+
+def _is_kept(tensor: Any, small: Mapping[str, Pieces]) -> bool:
+    """Whether a tensor of the skeleton is the builder's own: shapes, masks, tables of the rotary embedding."""
+    return not tensor.external_data and tensor.name not in small
+
+
+def _kept(tensor: Any, data: DataFile) -> Any:
+    """A tensor of the builder; a large one moves into the data file."""
+    from onnx import numpy_helper
+
+    values = numpy_helper.to_array(tensor)
+    return tensor if values.nbytes < _LARGE else data.array(tensor.name, values, tensor.data_type)
+
+
+def _own_name(name: str) -> str:
+    """Norms that a model has without values (OLMo) are constants of the builder, and no tensors of a checkpoint."""
+    return f"{name}.constant" if name.endswith((".weight", ".bias")) else name
 
 
 def _fill(

@@ -74,7 +74,11 @@ class OnnxWriter:
         self._stored: dict[str, Stored] = {}
         self._labels: dict[str, str] = {}  # module -> name in the certificate
         self._written: Written | None = None
-        request = {"config": str(folder / "config.json"), "output": str(scratch / "graph")}
+        request = {
+            "config": str(folder / "config.json"),
+            "output": str(scratch / "graph"),
+            "tokenizer": str(base) if tokenizer else None,
+        }
         self._child = Child("sparseport.targets.onnx.builder", request)
 
     def __enter__(self) -> OnnxWriter:
@@ -122,7 +126,7 @@ class OnnxWriter:
         self._written = write_model(
             built / SKELETON, self.folder, answer, self._stored, self._small, self._store, level
         )
-        write_genai_config(built, self.folder)
+        write_genai_config(built, self.folder, shared_cache=self._settings.format == "nbits")
 
     def certified(self) -> dict[str, dict[str, Any]]:
         """Where the graph uses each matrix, as the builder laid it out, and which norms are stored plus 1."""

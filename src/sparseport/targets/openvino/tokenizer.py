@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sparseport.errors import BadInput, FidelityError
-from sparseport.targets.empty_model import load_config
-from sparseport.targets.tokenizer_files import ROUND_TRIP_SAMPLES, check_ids
+from sparseport.targets.tokenizer_files import ROUND_TRIP_SAMPLES, load_tokenizer
 
 
 def convert_tokenizer_folder(source: Path, output: Path, vocab_size: int | None = None) -> None:
@@ -24,30 +23,8 @@ def convert_tokenizer_folder(source: Path, output: Path, vocab_size: int | None 
     """
     import openvino as ov
     from openvino_tokenizers import convert_tokenizer
-    from transformers import AutoTokenizer
 
-    if not any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise BadInput(
-            "the base model has no tokenizer",
-            where=source.name,
-            code="E_TOKENIZER",
-            fix="put the tokenizer's files beside the model, or give --no-tokenizer",
-        )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        tokenizer.padding_side = "left"
-        tokenizer.truncation_side = "left"
-    except Exception as error:
-        raise BadInput(
-            "the tokenizer cannot be loaded",
-            where=source.name,
-            found=f"{type(error).__name__}: {error}",
-            code="E_TOKENIZER",
-            fix="mend the tokenizer, or give --no-tokenizer",
-        ) from error
-    if vocab_size is None:
-        vocab_size = load_config(source / "config.json").get_text_config().vocab_size
-    check_ids(tokenizer.get_vocab(), vocab_size, source.name)
+    tokenizer = load_tokenizer(source, vocab_size)
     try:
         encoder, decoder = convert_tokenizer(tokenizer, with_detokenizer=True)
     except Exception as error:

@@ -1,0 +1,33 @@
+"""Look at what sparseport exported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sparseport.inspection.report import Inspection, as_command, word
+from sparseport.verify.certificate import Certificate
+
+
+def inspect_export(path: Path) -> Inspection:
+    """The folder of one target, as its certificate describes it; raises as `Certificate.read`."""
+    certificate = Certificate.read(path)
+    totals = certificate.totals
+    found = Inspection("export", "folder exported by sparseport, with its certificate")
+    found.writer = f"sparseport {certificate.body['sparseport']}"
+    found.facts = {
+        "target": certificate.target,
+        "linear layers": f"{totals['linears']}, {totals['weights']:,} weights, {totals['int4_linears']} in INT4",
+        "pruned": f"{totals['pruned']:,} of {totals['masked_weights']:,}, {totals['revived']:,} of them not zero",
+    }
+    found.next = [as_command(["sparseport", "verify", word(path)])]
+    return found
+
+
+def inspect_exports(path: Path, folders: list[Path]) -> Inspection:
+    """A folder with a folder for each of several targets."""
+    parts = [inspect_export(folder) for folder in folders]
+    found = Inspection("export", f"folder exported by sparseport for {len(parts)} targets, with their certificates")
+    found.writer = parts[0].writer
+    found.facts = {**parts[0].facts, "target": ", ".join(part.facts["target"] for part in parts)}
+    found.next = [as_command(["sparseport", "verify", word(path)])]
+    return found

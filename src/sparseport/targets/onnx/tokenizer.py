@@ -1,0 +1,103 @@
+"""onnxruntime-genai reads Hugging Face's tokenizer files itself: does it give the same ids and the same text?"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from sparseport.checkpoints.json_files import read_json, write_json
+from sparseport.errors import BadInput, FidelityError
+from sparseport.targets.tokenizer_files import ROUND_TRIP_SAMPLES, TOKENIZER_FILES, load_tokenizer
+
+_ADVICE = "give --no-tokenizer, and use transformers' tokenizer with the folder"
+
+
+def check_tokenizer(source: Path, built: Path) -> None:
+    """Compare onnxruntime-genai's tokenizer with the original on a few texts.
+
+    Args:
+        source: folder with the tokenizer's files and config.json.
+        built: folder with the builder's `genai_config.json`.
+
+    Raises:
+        BadInput: there is no tokenizer, or either side cannot load it, or it gives ids that the model does not have.
+        FidelityError: onnxruntime-genai gives other ids or other text.
+    """
+    original = load_tokenizer(source)
+    with tempfile.TemporaryDirectory(dir=built) as name:
+        folder = Path(name)
+        for file in TOKENIZER_FILES:
+            if (source / file).is_file():
+                shutil.copyfile(source / file, folder / file)
+        _write_stub(built, folder)
+        tokenizer = _load(folder, source.name)
+        for text in ROUND_TRIP_SAMPLES:
+            expected = original(text)["input_ids"]
+            ids = tokenizer.encode(text).tolist()
+            back, wanted = tokenizer.decode(ids), original.decode(expected, skip_special_tokens=True)
+            if ids != expected:
+                raise FidelityError(
+                    "onnxruntime-genai's tokenizer gives other ids than the original",
+                    where=source.name,
+                    expected=expected[:8],
+                    found=ids[:8],
+                    code="E_TOKENIZER",
+                    fix=_ADVICE,
+                )
+            if back != wanted:
+                raise FidelityError(
+                    "onnxruntime-genai's tokenizer gives other text than the original",
+                    where=source.name,
+                    expected=repr(wanted),
+                    found=repr(back),
+                    code="E_TOKENIZER",
+                    fix=_ADVICE,
+                )
+
+
+def _load(folder: Path, where: str) -> Any:
+    import onnxruntime_genai
+
+    try:
+        return onnxruntime_genai.Tokenizer(onnxruntime_genai.Model(str(folder)))
+    except Exception as error:
+        raise BadInput(
+            "onnxruntime-genai cannot load the tokenizer",
+            where=where,
+            found=str(error)[:200],
+            code="E_TOKENIZER",
+            fix=_ADVICE,
+        ) from error
+
+
+def _write_stub(built: Path, folder: Path) -> None:
+    """A decoder of one layer that computes nothing: onnxruntime-genai makes a tokenizer for a loaded model only."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    config = read_json(built / "genai_config.json", what="genai_config.json")
+    decoder = config["model"]["decoder"]
+    decoder["num_hidden_layers"] = 1
+    decoder["filename"] = "stub.onnx"
+    write_json(folder / "genai_config.json", config)
+    cache = ["batch", decoder["num_key_value_heads"], "past", decoder["head_size"]]
+    names = [decoder["inputs"][f"past_{part}_names"].replace("%d", "0") for part in ("key", "value")]
+    presents = [decoder["outputs"][f"present_{part}_names"].replace("%d", "0") for part in ("key", "value")]
+    ids = [
+        decoder["inputs"][part] for part in ("input_ids", "attention_mask", "position_ids") if part in decoder["inputs"]
+    ]
+    inputs = [helper.make_tensor_value_info(part, TensorProto.INT64, ["batch", part]) for part in ids]
+    inputs += [helper.make_tensor_value_info(part, TensorProto.FLOAT, cache) for part in names]
+    outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "sequence", 1])]
+    outputs += [helper.make_tensor_value_info(part, TensorProto.FLOAT, cache) for part in presents]
+    nodes = [
+        helper.make_node("Cast", [ids[0]], ["wide"], to=TensorProto.FLOAT),
+        helper.make_node("Unsqueeze", ["wide", "axis"], ["logits"]),
+        *(helper.make_node("Identity", [past], [present]) for past, present in zip(names, presents, strict=True)),
+    ]
+    axis = helper.make_tensor("axis", TensorProto.INT64, [1], [2])
+    graph = helper.make_graph(nodes, "stub", inputs, outputs, [axis])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    onnx.save(model, folder / "stub.onnx")

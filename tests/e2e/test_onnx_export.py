@@ -1,0 +1,271 @@
+"""`--target onnx`, alone and beside openvino: one merge, a folder and a certificate each, and both run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.e2e.in_process import in_process
+
+from sparseport.cli import main
+from sparseport.errors import BadInput, FidelityError, SparseportError, Unsupported
+from sparseport.inspection import inspect
+from sparseport.pipeline import export, plan
+from sparseport.recipe import make_recipe
+from sparseport.targets.read_back import open_reader
+from sparseport.verify.certificate import Certificate
+from sparseport.verify.folder import verify
+from sparseport.verify.numerics import reference_of
+
+pytest.importorskip("onnxruntime_genai")
+CUSTOM_DOMAIN = "com.microsoft"
+
+
+def _export(tmp_path: Path, **fields: Any) -> Any:
+    recipe = make_recipe({"output": tmp_path / "out", "target": ["onnx"], "tokenizer": False, **fields})
+    with in_process():
+        return export(recipe)
+
+
+def test_both_folders_certify_the_same_weights(tiny_both: Any) -> None:
+    recipe, _ = tiny_both
+    assert sorted(path.name for path in recipe.output.iterdir()) == ["onnx", "openvino"]
+    certificates = {name: Certificate.read(recipe.output / name) for name in ("openvino", "onnx")}
+    digests = {name: {m: f["weight_sha256"] for m, f in c.linears.items()} for name, c in certificates.items()}
+    assert digests["openvino"] == digests["onnx"] and len(digests["onnx"]) == 14
+    for name, certificate in certificates.items():
+        assert certificate.target == name
+        for facts in certificate.linears.values():
+            assert facts["readback"] == {name: facts["weight_sha256"]}
+            assert facts["revived"] == 0 and facts["pruned"] > 0
+    values = [{n: f["value_sha256"] for n, f in c.tensors.items()} for c in certificates.values()]
+    assert values[0] == values[1]
+
+
+def test_each_folder_is_the_one_that_its_target_gives_alone(tiny_both: Any, tiny_qa: Any) -> None:
+    """Neither the other target nor its presence enters a proof."""
+    beside, alone = Certificate.read(tiny_both[0].output / "openvino"), tiny_qa[1].certificate
+    assert beside.proof() == alone.proof()
+
+
+def test_a_folder_of_both_is_verified_whole(tiny_both: Any, tmp_path: Path, capsys: Any) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_both[0].output, copy)
+    assert main(["verify", str(copy), "--quiet", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ok"]
+    assert [fact for label, fact in inspect(copy).facts.items() if label == "target"] == ["onnx, openvino"]
+    data = bytearray((copy / "onnx" / "model.onnx.data").read_bytes())
+    data[0] ^= 1
+    (copy / "onnx" / "model.onnx.data").write_bytes(data)
+    assert main(["verify", str(copy), "--quiet", "--json"]) == 5
+    found = json.loads(capsys.readouterr().out)
+    assert not found["ok"] and found["folders"]["openvino"]["ok"] and not found["folders"]["onnx"]["ok"]
+
+
+def test_folders_of_two_exports_do_not_pass_for_one(tiny_both: Any, tmp_path: Path, tiny_sparse: Path) -> None:
+    other = _export(tmp_path, base=tiny_sparse, numerics=False)
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_both[0].output / "openvino", copy / "openvino")
+    shutil.copytree(other.folder, copy / "onnx")
+    assert main(["verify", str(copy), "--quiet"]) == 5
+
+
+def test_overwrite_replaces_such_a_folder_and_nothing_else(tiny_both: Any, tmp_path: Path, tiny_int4: Path) -> None:
+    copy = tmp_path / "out"
+    shutil.copytree(tiny_both[0].output, copy)
+    (copy / "thesis.txt").write_text("precious")
+    fields = {"base": tiny_int4, "numerics": False, "overwrite": True}
+    with pytest.raises(SparseportError, match="not made by sparseport"):
+        _export(tmp_path, **fields)
+    assert (copy / "thesis.txt").read_text() == "precious"
+    (copy / "thesis.txt").unlink()
+    _export(tmp_path, **fields)
+    assert (copy / "model.onnx").is_file() and not (copy / "openvino").exists()
+
+
+def test_the_numbers_of_an_onnx_folder(tiny_both: Any) -> None:
+    found = Certificate.read(tiny_both[0].output / "onnx").body["numerics"]
+    assert float(found["full_precision"]["judged_max_abs"]) < 1e-3
+    # Exact is the default, so applications get what was judged; the fast setting drifts, and that is said.
+    assert found["default"]["settings"] == {"accuracy_level": "1"}
+    assert float(found["default"]["kl"]) < 1e-6 < float(found["fast"]["kl"])
+
+
+def test_onnxs_own_checker_and_runtime_accept_the_files(tiny_both: Any) -> None:
+    import onnx
+
+    folder = tiny_both[0].output / "onnx"
+    model = onnx.load(folder / "model.onnx")
+    for tensor in model.graph.initializer:
+        onnx.checker.check_tensor(tensor)
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    inline = [tensor.name for tensor in graph.initializer if not tensor.external_data and np.prod(tensor.dims) > 4096]
+    assert inline == []
+    levels = {a.i for node in graph.node for a in node.attribute if a.name == "accuracy_level"}
+    assert levels == {1} and sum(node.op_type == "MatMulNBits" for node in graph.node) == 10  # q, k, v are one
+
+
+def test_genai_generates_and_streams(tiny_both: Any) -> None:
+    import onnxruntime_genai as genai
+
+    folder = tiny_both[0].output / "onnx"
+    model = genai.Model(str(folder))
+    tokenizer = genai.Tokenizer(model)
+    stream = tokenizer.create_stream()
+    parameters = genai.GeneratorParams(model)
+    parameters.set_search_options(max_length=24)
+    generator = genai.Generator(model, parameters)
+    prompt = tokenizer.encode("abc")
+    generator.append_tokens(prompt)
+    pieces = []
+    while not generator.is_done():
+        generator.generate_next_token()
+        pieces.append(stream.decode(int(generator.get_next_tokens()[0])))
+    tokens = [int(token) for token in generator.get_sequence(0)]
+    # Random weights write random bytes; whether the text is right is seen on the real model.
+    assert len(pieces) == len(tokens) - len(prompt) > 0 and "".join(pieces)
+
+
+def test_openvino_and_onnx_runtime_compute_the_same_model(tiny_both: Any) -> None:
+    import torch
+
+    networks = [reference_of(f, open_reader(n, f)) for n in ("openvino", "onnx") for f in [tiny_both[0].output / n]]
+    for (name, one), (_, two) in zip(*(network.named_parameters() for network in networks), strict=True):
+        assert torch.equal(one, two), name
+
+
+@pytest.mark.parametrize("accuracy", ["exact", "fast"])
+def test_qdq_needs_no_operators_but_onnxs_own(accuracy: str, tiny_int4: Path, tmp_path: Path) -> None:
+    import onnx
+
+    result = _export(tmp_path, base=tiny_int4, onnx={"format": "qdq", "accuracy": accuracy})
+    model = onnx.load(result.folder / "model.onnx", load_external_data=False)
+    assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"}
+    assert not any(opset.domain == CUSTOM_DOMAIN for opset in model.opset_import)
+    assert sum(node.op_type == "DequantizeLinear" for node in model.graph.node) >= 10
+    onnx.checker.check_model(str(result.folder / "model.onnx"))
+    assert verify(result.folder).differences == []
+    numerics = result.certificate.body["numerics"]
+    assert float(numerics["full_precision"]["judged_max_abs"]) < 1e-3
+    # By columns ONNX Runtime fuses the layers and rounds activations; by rows it computes what is written.
+    assert (float(numerics["default"]["kl"]) > 1e-6) == (accuracy == "fast")
+
+
+def test_a_second_implementation_of_onnx_runs_qdq(tiny_int4: Path, tmp_path: Path) -> None:
+    """The onnx package's own evaluator, which knows no kernel of any runtime."""
+    import onnx
+    from onnx.reference import ReferenceEvaluator
+
+    from sparseport.verify.numerics import logits_of
+
+    folder = _export(tmp_path, base=tiny_int4, onnx={"format": "qdq"}, numerics=False).folder
+    session = ReferenceEvaluator(onnx.load(folder / "model.onnx"))
+    tokens = [5, 17, 33, 80, 121]
+    feed = {"input_ids": np.array([tokens]), "attention_mask": np.ones((1, 5), np.int64)}
+    feed |= {name: np.zeros((1, 2, 0, 16), np.float32) for name in session.input_names if name.startswith("past")}
+    logits = session.run(["logits"], feed)[0][0]
+    assert np.allclose(logits, logits_of(reference_of(folder, open_reader("onnx", folder)), tokens), atol=1e-4)
+
+
+def test_openvino_runs_a_portable_folder(tiny_int4: Path, tmp_path: Path) -> None:
+    import openvino as ov
+
+    result = _export(tmp_path, base=tiny_int4, onnx={"portable": True})
+    numerics = result.certificate.body["numerics"]
+    assert float(numerics["openvino_full_precision"]["judged_max_abs"]) < 1e-3
+    assert result.certificate.portable
+    # Weights stay in 4 bits there: no constant of a layer is widened.
+    model = ov.Core().compile_model(result.folder / "model.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    layers = [
+        op for op in model.get_runtime_model().get_ops() if "FullyConnected" in str(op.get_rt_info()["layerType"])
+    ]
+    kinds = [str(op.get_rt_info()["runtimePrecision"].astype(str)) for op in layers]
+    assert kinds.count("u4") == 10
+
+
+@pytest.mark.parametrize("embedding", ["fp16", "fp32", "int8"])
+@pytest.mark.parametrize("form", ["nbits", "qdq"])
+def test_embeddings(embedding: str, form: str, tiny_int4: Path, tmp_path: Path) -> None:
+    result = _export(tmp_path, base=tiny_int4, embedding=embedding, onnx={"format": form})
+    facts = result.certificate.tensors["model.embed_tokens.weight"]
+    if embedding == "int8":
+        assert facts["stored"] == "u8 g64" and facts["readback"]["onnx"] == facts["compressed_sha256"]
+        assert float(facts["compression_error_steps"]["max"]) <= 0.51
+    else:
+        assert "compressed_sha256" not in facts
+    assert verify(result.folder).differences == []
+
+
+def test_every_group_size_arrives(tiny_sparse: Path, tmp_path: Path) -> None:
+    """8 is filled up to 16, 64 stays; one group per row of 128 columns stays."""
+    from tests.dialects import quantised_llama
+
+    for group, stored in ((8, "u4 g16"), (64, "u4 g64"), (-1, None)):
+        base = tmp_path / f"base{group}"
+        quantised_llama(tiny_sparse, base, "gptq-v1", group_size=group)
+        recipe = make_recipe({"base": base, "output": tmp_path / f"out{group}", "target": ["onnx"], "tokenizer": False})
+        with in_process():
+            certificate = export(recipe).certificate
+        kinds = {facts["stored"] for facts in certificate.linears.values()}
+        assert kinds == ({stored} if stored else {"u4 g64", "u4 g128"})
+
+
+def test_dense_and_sparse_models_leave_as_plain_matrices(tiny_sparse: Path, tmp_path: Path) -> None:
+    certificate = _export(tmp_path, base=tiny_sparse).certificate
+    assert {facts["stored"] for facts in certificate.linears.values()} == {"f16"}
+    assert certificate.totals["revived"] == 0 and certificate.totals["pruned"] > 0
+    assert "fast" not in certificate.body["numerics"]  # there is nothing to choose
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"compress": {"mode": "int8_sym"}}, "compression is OpenVINO's"),
+        ({"target": ["onnx", "onnx"]}, "named twice"),
+        ({"target": ["openvino"], "onnx": {"accuracy": "fast"}}, "need the target onnx"),
+        ({"onnx": {"accuracy": "level 4"}}, "exact"),
+        ({"target": ["tflite"]}, "openvino"),
+    ],
+)
+def test_options_that_do_not_fit(fields: dict[str, Any], message: str, tiny_base: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=message) as caught:
+        make_recipe({"base": tiny_base, "output": tmp_path / "out", "target": ["onnx"], **fields})
+    assert caught.value.code == "E_RECIPE"
+
+
+def test_a_plan_names_both_forms(tiny_int4: Path, tmp_path: Path, capsys: Any) -> None:
+    arguments = ["export", "--target", "openvino", "--target", "onnx", "--base", str(tiny_int4)]
+    assert main([*arguments, "--output", str(tmp_path / "out"), "--dry-run", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {tuple(sorted(layer["stored"].items())) for layer in found["layers"]} == {
+        (("onnx", "u4 g32"), ("openvino", "u4 g32"))
+    }
+    assert main([*arguments, "--output", str(tmp_path / "out"), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "openvino" in printed and "onnx" in printed and not (tmp_path / "out").exists()
+
+
+def test_a_group_that_no_kernel_holds_is_refused_before_any_work(tiny_base: Path, tmp_path: Path) -> None:
+    from tests.dialects import quantised_llama
+
+    quantised_llama(tiny_base, tmp_path / "base", "gptq-v1", group_size=2)
+    recipe = make_recipe({"base": tmp_path / "base", "output": tmp_path / "out", "target": ["onnx"]})
+    refusals = plan(recipe).refusals
+    assert refusals and all(isinstance(layer.refusal, Unsupported) for layer in refusals)
+    assert all("MatMulNBits" in str(layer.refusal) for layer in refusals)
+
+
+def test_a_tokenizer_that_reads_otherwise_is_refused(tiny_int4: Path, tmp_path: Path) -> None:
+    """onnxruntime-genai reads tokenizer.json by itself; here it is told of another pre-tokenizer than transformers."""
+    from unittest import mock
+
+    with mock.patch("sparseport.targets.onnx.tokenizer.ROUND_TRIP_SAMPLES", ("abc",)):
+        with mock.patch("onnxruntime_genai.Tokenizer.encode", lambda self, text: np.array([1, 2], np.int32)):
+            with pytest.raises(FidelityError, match="other ids") as caught:
+                _export(tmp_path, base=tiny_int4, tokenizer=True)
+    assert caught.value.code == "E_TOKENIZER" and "--no-tokenizer" in str(caught.value)
+    assert not (tmp_path / "out").exists()
