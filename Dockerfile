@@ -1,11 +1,11 @@
-# sparseport for CPU: reads checkpoints, exports to OpenVINO, verifies.
+# sparseport for CPU: reads checkpoints, exports to OpenVINO and ONNX Runtime, verifies.
 #
 #   docker build -t sparseport .
 #   docker run --rm --user "$(id -u):$(id -g)" -v "$PWD:/data" sparseport export --base base --target openvino --output out
 #
 # --user: the image's own user (uid 10001) may not write into a folder of yours that is mounted as /data.
 #
-# Extras in the image: `openvino`. Not in it: `onnx`, `train` (GGUF files, and with them `sparseport demo`) and `dev`.
+# Extras in the image: `openvino`, `onnx`. Not in it: `train` (GGUF files, and with them `sparseport demo`) and `dev`.
 #
 # PyTorch's default Linux build carries CUDA. For a smaller image give the CPU build:
 #   docker build --build-arg TORCH_INSTALL='torch==2.13.0 --index-url URL-OF-THE-CPU-WHEELS' -t sparseport .
@@ -22,7 +22,7 @@ COPY constraints.txt ./
 RUN pip install -c constraints.txt ${TORCH_INSTALL}
 COPY pyproject.toml README.md LICENSE ./
 COPY src ./src
-RUN pip install -c constraints.txt ".[openvino]" && pip check
+RUN pip install -c constraints.txt ".[openvino,onnx]" && pip check
 
 FROM python:3.11-slim AS runtime
 LABEL org.opencontainers.image.title="sparseport" \

@@ -53,7 +53,7 @@ KILL = "    import os, signal\n    os.kill(os.getpid(), signal.{})"
             "    import nothing_like_this",
             "E_ENVIRONMENT",
             "nothing_like_this",
-            "pip install 'sparseport[openvino]'",
+            "pip install 'sparseport[openvino,onnx]'",
         ),
         ("    raise MemoryError", "E_MEM", "out of memory in step step", LESS_MEMORY),
         ("    raise OSError(12, 'Cannot allocate memory')", "E_MEM", "out of memory in step step", LESS_MEMORY),

@@ -345,7 +345,7 @@ def test_options_win_over_the_config(capsys, tmp_path, tiny_sparse, tiny_adapter
     )
     layers = json.loads(out)["layers"]
     assert status == 0 and {layer["rank"] for layer in layers} == {8, None}
-    assert {layer["stored"] for layer in layers} == {"nncf int4_sym g32"}
+    assert {layer["stored"]["openvino"] for layer in layers} == {"nncf int4_sym g32"}
 
 
 # --- help and doors --------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ PACKAGE = SRC / "sparseport"
 # Lowest first. A package imports only from floors below its own, and from itself.
 FLOORS = (
     {"errors", "offline"},
+    {"extras"},
     {"child", "progress", "publish"},
     {"weights"},
     {"recipe"},

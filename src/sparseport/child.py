@@ -99,7 +99,9 @@ def _as_ours(error: Exception, step: str) -> SparseportError:
     if isinstance(error, SparseportError):
         return error
     if isinstance(error, ModuleNotFoundError):
-        return EnvironmentProblem("a package is missing", where=error.name, fix="pip install 'sparseport[openvino]'")
+        return EnvironmentProblem(
+            "a package is missing", where=error.name, fix="pip install 'sparseport[openvino,onnx]'"
+        )
     # torch has no class of its own for a host allocation that fails.
     no_memory = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
     if no_memory or (isinstance(error, OSError) and error.errno == errno.ENOMEM):

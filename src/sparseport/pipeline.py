@@ -14,6 +14,7 @@ import numpy as np
 
 from sparseport.compress import compress_folder
 from sparseport.evidence import Facts, for_target, linear_facts, recipe_facts, revived_note, totals
+from sparseport.extras import require_packages
 from sparseport.merging import merge_planned
 from sparseport.plan import Plan, make_plan, require_exportable
 from sparseport.progress import Progress
@@ -90,6 +91,7 @@ def export(recipe: Recipe, progress: Progress | None = None) -> ExportResult:
         SparseportError: any of its subclasses, each with its exit code; nothing is written then.
     """
     progress = progress or Progress("quiet")
+    require_packages(recipe.target)
     with open_sources(recipe) as sources:
         layers = make_plan(recipe, sources)
         require_exportable(layers)

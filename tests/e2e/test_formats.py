@@ -14,14 +14,13 @@ import numpy as np
 import pytest
 
 from dialects import DIALECTS, quantised_llama
+from e2e.both import export_to_both
 from e2e.formats import VERIFIED, WRITE, Line, documented, drop_unnamed, named, settle, shown
 from e2e.in_process import in_process
 from sparseport.checkpoints.detect import open_linears
 from sparseport.checkpoints.folder import ModelFolder
-from sparseport.pipeline import ExportResult, export
-from sparseport.recipe import make_recipe
+from sparseport.pipeline import TargetExport
 from sparseport.targets.openvino import readback
-from sparseport.verify.folder import verify
 from sparseport.weights.digest import digest
 from sparseport.weights.linear import DenseWeight, QuantizedWeight
 from sparseport.weights.mask import keeps_n_m
@@ -40,25 +39,22 @@ def _one_process() -> Iterator[None]:
 
 
 @pytest.fixture
-def through(tmp_path: Path) -> Callable[..., tuple[ExportResult, Weights]]:
+def through(tmp_path: Path) -> Callable[..., tuple[TargetExport, Weights]]:
     """Export, verify, and give back what stands in the written graph."""
 
-    def run(**inputs: Any) -> tuple[ExportResult, Weights]:
-        result = export(make_recipe({"output": tmp_path / "out", "tokenizer": False, **inputs}))
-        verdict = verify(result.folder)
-        assert verdict.ok, verdict.differences
-        assert result.certificate.body["numerics"]["run"]
+    def run(**inputs: Any) -> tuple[TargetExport, Weights]:
+        result = export_to_both(tmp_path, **inputs)
         model = readback.read_model(result.folder / "openvino_model.xml")
         return result, {item.name.removesuffix(".weight"): item.weight for item in readback.weights(model)}
 
     return run
 
 
-def _stored(result: ExportResult) -> str:
+def _stored(result: TargetExport) -> str:
     return ", ".join(sorted({facts["stored"] for facts in result.certificate.linears.values()}))
 
 
-def _require_same(want: Weights, result: ExportResult) -> None:
+def _require_same(want: Weights, result: TargetExport) -> None:
     linears = result.certificate.linears
     assert set(linears) == set(want)
     for module, weight in want.items():

@@ -15,14 +15,12 @@ import numpy as np
 import pytest
 
 from dialects import quantised_llama
+from e2e.both import export_to_both
 from e2e.formats import Line, settle, shown
 from e2e.in_process import in_process
 from sparseport.checkpoints.folder import ModelFolder
 from sparseport.checkpoints.peft import AdapterFolder
-from sparseport.pipeline import export
-from sparseport.recipe import make_recipe
 from sparseport.targets.openvino import readback
-from sparseport.verify.folder import verify
 from sparseport.weights.linear import DenseWeight, QuantizedWeight
 
 OURS = "this repository"
@@ -36,10 +34,7 @@ def _one_process() -> Iterator[None]:
 
 
 def _through(tmp_path: Path, **inputs: Any) -> Written:
-    result = export(make_recipe({"output": tmp_path / "out", "tokenizer": False, **inputs}))
-    verdict = verify(result.folder)
-    assert verdict.ok, verdict.differences
-    assert result.certificate.body["numerics"]["run"]
+    result = export_to_both(tmp_path, **inputs)
     model = readback.read_model(result.folder / "openvino_model.xml")
     return {item.name.removesuffix(".weight"): item.weight for item in readback.weights(model)}
 

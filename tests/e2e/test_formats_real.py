@@ -10,13 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from e2e.both import export_to_both
 from e2e.formats import Line, settle, shown
 from e2e.in_process import in_process
 from sparseport.checkpoints.folder import ModelFolder
-from sparseport.pipeline import export
-from sparseport.recipe import make_recipe
 from sparseport.targets.openvino import readback
-from sparseport.verify.folder import verify
 from sparseport.weights.linear import DenseWeight
 
 pytestmark = pytest.mark.model
@@ -30,10 +28,7 @@ def _one_process() -> Iterator[None]:
 
 
 def _through(tmp_path: Path, **inputs: Any) -> dict[str, np.ndarray]:
-    result = export(make_recipe({"output": tmp_path / "out", "tokenizer": False, **inputs}))
-    verdict = verify(result.folder)
-    assert verdict.ok, verdict.differences
-    assert result.certificate.body["numerics"]["run"]
+    result = export_to_both(tmp_path, **inputs)
     model = readback.read_model(result.folder / "openvino_model.xml")
     found = {}
     for item in readback.weights(model):

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.e2e.in_process import in_process
 
+from e2e.in_process import in_process
 from sparseport.errors import FidelityError, Unsupported
 from sparseport.pipeline import export
 from sparseport.recipe import make_recipe

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.e2e.in_process import in_process
 
+from e2e.in_process import in_process
 from sparseport.cli import main
-from sparseport.errors import BadInput, FidelityError, SparseportError, Unsupported
+from sparseport.errors import BadInput, EnvironmentProblem, FidelityError, SparseportError, Unsupported
 from sparseport.inspection import inspect
 from sparseport.pipeline import export, plan
 from sparseport.recipe import make_recipe
@@ -180,10 +180,8 @@ def test_openvino_runs_a_portable_folder(tiny_int4: Path, tmp_path: Path) -> Non
     assert result.certificate.portable
     # Weights stay in 4 bits there: no constant of a layer is widened.
     model = ov.Core().compile_model(result.folder / "model.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    layers = [
-        op for op in model.get_runtime_model().get_ops() if "FullyConnected" in str(op.get_rt_info()["layerType"])
-    ]
-    kinds = [str(op.get_rt_info()["runtimePrecision"].astype(str)) for op in layers]
+    facts = [op.get_rt_info() for op in model.get_runtime_model().get_ops()]
+    kinds = [fact["runtimePrecision"].astype(str) for fact in facts if fact["layerType"].astype(str) == "FullyConnected"]
     assert kinds.count("u4") == 10
 
 
@@ -202,11 +200,12 @@ def test_embeddings(embedding: str, form: str, tiny_int4: Path, tmp_path: Path) 
 
 def test_every_group_size_arrives(tiny_sparse: Path, tmp_path: Path) -> None:
     """8 is filled up to 16, 64 stays; one group per row of 128 columns stays."""
-    from tests.dialects import quantised_llama
+    from dialects import quantised_llama
 
     for group, stored in ((8, "u4 g16"), (64, "u4 g64"), (-1, None)):
         base = tmp_path / f"base{group}"
-        quantised_llama(tiny_sparse, base, "gptq-v1", group_size=group)
+        dialect = "gptq-channel" if group == -1 else "gptq-v1"
+        quantised_llama(tiny_sparse, base, dialect, **({} if group == -1 else {"group_size": group}))
         recipe = make_recipe({"base": base, "output": tmp_path / f"out{group}", "target": ["onnx"], "tokenizer": False})
         with in_process():
             certificate = export(recipe).certificate
@@ -250,7 +249,7 @@ def test_a_plan_names_both_forms(tiny_int4: Path, tmp_path: Path, capsys: Any) -
 
 
 def test_a_group_that_no_kernel_holds_is_refused_before_any_work(tiny_base: Path, tmp_path: Path) -> None:
-    from tests.dialects import quantised_llama
+    from dialects import quantised_llama
 
     quantised_llama(tiny_base, tmp_path / "base", "gptq-v1", group_size=2)
     recipe = make_recipe({"base": tmp_path / "base", "output": tmp_path / "out", "target": ["onnx"]})
@@ -269,3 +268,28 @@ def test_a_tokenizer_that_reads_otherwise_is_refused(tiny_int4: Path, tmp_path: 
                 _export(tmp_path, base=tiny_int4, tokenizer=True)
     assert caught.value.code == "E_TOKENIZER" and "--no-tokenizer" in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_package_is_named_before_any_work(
+    tiny_int4: Path, tiny_both: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import builtins
+    import sys
+
+    from sparseport import extras
+
+    find, plain = extras.find_spec, builtins.__import__
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "onnxruntime_genai" else find(name))
+    with pytest.raises(EnvironmentProblem, match="onnxruntime_genai") as caught:
+        _export(tmp_path, base=tiny_int4)
+    assert "sparseport[onnx]" in str(caught.value) and not (tmp_path / "out").exists()
+
+    def without_onnx(name: str, *rest: Any) -> Any:
+        if name == "onnx":
+            raise ModuleNotFoundError("No module named 'onnx'", name="onnx")
+        return plain(name, *rest)
+
+    monkeypatch.delitem(sys.modules, "onnx", raising=False)
+    monkeypatch.setattr(builtins, "__import__", without_onnx)
+    with pytest.raises(EnvironmentProblem, match=r"sparseport\[onnx\]"):
+        verify(tiny_both[0].output / "onnx")

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.dialects import quantised_llama
-from tests.e2e.in_process import in_process
 
+from dialects import quantised_llama
+from e2e.in_process import in_process
 from sparseport.pipeline import export
 from sparseport.recipe import make_recipe
 from sparseport.verify.folder import verify

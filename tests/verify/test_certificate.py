@@ -232,10 +232,10 @@ def test_files_lie_in_the_folder(tmp_path, name):
 
 def test_certificates_of_exports_have_what_is_asked_for():
     """The names that the exporter writes are the ones that reading asks for."""
-    from sparseport.pipeline import _totals
+    from sparseport.evidence import totals
 
     facts = {"shape": [2, 4], "pruned": 4, "revived": 0, "bits": 4}
-    assert _totals({"q": facts}) == TOTALS
+    assert totals({"q": facts}) == TOTALS
 
 
 def test_file_facts(tmp_path):

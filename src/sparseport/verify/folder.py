@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparseport.errors import SparseportError, VerificationError
+from sparseport.extras import missing
 from sparseport.targets.read_back import open_reader
 from sparseport.verify.bits import digest_graph
 from sparseport.verify.certificate import FILE_NAME, Certificate, file_facts
@@ -56,6 +57,7 @@ def verify(folder: Path | str, strict: bool = True, on_step: Callable[[], None] 
     Raises:
         VerificationError: there is no readable, unchanged certificate.
         Unsupported: the certificate is of a newer schema.
+        EnvironmentProblem: the target's packages, which read the graph, are not installed.
     """
     folder = Path(folder)
     certificate = Certificate.read(folder)
@@ -87,6 +89,8 @@ def _weight_differences(
     certified = {"weight": certificate.linears, "tensor": certificate.tensors}
     try:
         found = digest_graph(open_reader(target, folder), certified["weight"], certified["tensor"], on_step)
+    except ModuleNotFoundError as error:
+        raise missing(error.name, target) from error
     except SparseportError as error:
         return [f"{graph_file}: {error.what}{f' ({error.where})' if error.where else ''}"]
     except Exception as error:  # a damaged graph can fail anywhere in the reader: that is a difference, not a bug

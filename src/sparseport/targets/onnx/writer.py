@@ -152,7 +152,7 @@ def quantize_rows(values: Array, group_size: int) -> QuantizedWeight:
     parts = []
     for start in range(0, values.shape[0], _ROWS):
         rows = values[start : start + _ROWS].astype(np.float32)
-        scales, zero_points = choose_qparams_minmax(rows, group_size, symmetric=False, bits=8)
+        scales, zero_points = choose_qparams_minmax(rows, group_size, False, np.float32, bits=8)
         parts.append((quantize_to_grid(rows, scales, zero_points, group_size, bits=8), scales, zero_points))
     codes, scales, zero_points = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     return QuantizedWeight(codes, scales, zero_points, group_size, bits=8)
