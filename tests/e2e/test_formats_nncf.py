@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from e2e.both import export_to_both
+from e2e.both import Exported, export_to_both
 from e2e.formats import Line, settle, shown
 from e2e.in_process import in_process
 from nncf_models import assert_same, nncf_with_strip, set_ranks, stripped_layers, tuned
 from sparseport.checkpoints.folder import ModelFolder
 from sparseport.errors import BadInput
 from sparseport.inspection import inspect
-from sparseport.pipeline import TargetExport
 from sparseport.targets.openvino import readback
 from sparseport.weights.linear import QuantizedWeight
 
@@ -28,8 +27,8 @@ def nncf() -> Iterator[Any]:
         yield package
 
 
-def _through(tmp_path: Path, **inputs: Any) -> tuple[TargetExport, dict[str, QuantizedWeight]]:
-    result = export_to_both(tmp_path, allow_pickle=True, **inputs)
+def _through(tmp_path: Path, **inputs: Any) -> tuple[Exported, dict[str, QuantizedWeight]]:
+    result = export_to_both(tmp_path, **{"allow_pickle": True, **inputs})
     model = readback.read_model(result.folder / "openvino_model.xml")
     found = {item.name: item.weight for item in readback.weights(model)}
     return result, {name: weight for name, weight in found.items() if isinstance(weight, QuantizedWeight)}

@@ -104,3 +104,12 @@ def test_a_model_that_the_builder_does_not_know_is_refused(tmp_path: Path) -> No
     with pytest.raises(Unsupported, match="builder cannot build") as caught:
         _export(base, tmp_path / "out")
     assert "export to OpenVINO" in str(caught.value)
+
+
+def test_a_head_size_that_the_kernel_does_not_take(tmp_path: Path) -> None:
+    base = _model("LlamaConfig", "LlamaForCausalLM", {"head_dim": 12}, tmp_path / "base")
+    with pytest.raises(Unsupported, match="multiple of 8") as caught:
+        _export(base, tmp_path / "out")
+    assert "--onnx-format qdq" in str(caught.value)
+    result = _export(base, tmp_path / "out", format="qdq")
+    assert float(result.certificate.body["numerics"]["full_precision"]["judged_max_abs"]) < 1e-4

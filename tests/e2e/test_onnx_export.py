@@ -180,9 +180,9 @@ def test_openvino_runs_a_portable_folder(tiny_int4: Path, tmp_path: Path) -> Non
     assert result.certificate.portable
     # Weights stay in 4 bits there: no constant of a layer is widened.
     model = ov.Core().compile_model(result.folder / "model.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    facts = [op.get_rt_info() for op in model.get_runtime_model().get_ops()]
-    kinds = [fact["runtimePrecision"].astype(str) for fact in facts if fact["layerType"].astype(str) == "FullyConnected"]
-    assert kinds.count("u4") == 10
+    found = [op.get_rt_info() for op in model.get_runtime_model().get_ops()]
+    kinds = [(one["layerType"].astype(str), one["runtimePrecision"].astype(str)) for one in found]
+    assert kinds.count(("FullyConnected", "u4")) == 10
 
 
 @pytest.mark.parametrize("embedding", ["fp16", "fp32", "int8"])

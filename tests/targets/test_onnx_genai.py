@@ -11,32 +11,39 @@ import numpy as np
 import pytest
 
 from sparseport.errors import BadInput
-from sparseport.targets.onnx.folder import NAME, write_genai_config
-
-BUILT = {"model": {"eos_token_id": 1, "bos_token_id": 1, "type": "llama"}, "search": {"do_sample": True}}
+from sparseport.targets.onnx.folder import NAME, token_ids, write_genai_config
 
 
-def _folders(tmp_path: Path, generation: dict[str, Any], built: dict[str, Any] = BUILT) -> tuple[Path, Path]:
-    for name in ("built", "out"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "built" / NAME).write_text(json.dumps(built))
-    (tmp_path / "out" / "generation_config.json").write_text(json.dumps(generation))
-    return tmp_path / "built", tmp_path / "out"
+def _model(folder: Path, generation: dict[str, Any], config: dict[str, Any]) -> Path:
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def test_the_models_own_token_ids_win(tmp_path: Path) -> None:
-    built, out = _folders(tmp_path, {"eos_token_id": [2, 7], "bos_token_id": 0})
-    write_genai_config(built, out)
-    config = json.loads((out / NAME).read_text())
-    assert config["model"] == {"eos_token_id": [2, 7], "bos_token_id": 0, "pad_token_id": 2, "type": "llama"}
-    assert config["search"]["do_sample"] is False
+    config = {"eos_token_id": 5, "pad_token_id": 9}
+    folder = _model(tmp_path, {"eos_token_id": [2, 7], "bos_token_id": 0}, config)
+    assert token_ids(folder, "base") == {"eos_token_id": [2, 7], "bos_token_id": 0, "pad_token_id": 9}
+    (tmp_path / "built").mkdir()
+    guessed = {"model": {"eos_token_id": [1, 2], "type": "llama"}, "search": {"do_sample": True}}
+    (tmp_path / "built" / NAME).write_text(json.dumps(guessed))
+    write_genai_config(tmp_path / "built", folder, token_ids(folder, "base"), shared_cache=False)
+    written = json.loads((folder / NAME).read_text())
+    assert written["model"] == {"eos_token_id": [2, 7], "bos_token_id": 0, "pad_token_id": 9, "type": "llama"}
+    assert written["search"] == {"do_sample": False, "past_present_share_buffer": False}
 
 
-def test_a_model_that_never_stops_is_refused(tmp_path: Path) -> None:
-    built, out = _folders(tmp_path, {}, {"model": {"type": "llama"}, "search": {}})
-    with pytest.raises(BadInput, match="never stop"):
-        write_genai_config(built, out)
-    assert not (out / NAME).exists()
+@pytest.mark.parametrize("ends", [3, [3, 4]])
+def test_ids_that_only_the_config_has(ends: Any, tmp_path: Path) -> None:
+    found = token_ids(_model(tmp_path, {}, {"eos_token_id": ends}), "base")
+    assert found == {"eos_token_id": ends, "bos_token_id": 1, "pad_token_id": 3}
+
+
+@pytest.mark.parametrize("ends", [None, []])
+def test_a_model_that_never_stops_is_refused(ends: Any, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="never stop") as caught:
+        token_ids(_model(tmp_path, {"eos_token_id": ends}, {}), "base")
+    assert caught.value.code == "E_CONFIG" and "base, generation_config.json" in str(caught.value)
 
 
 def test_greedy_tokens_are_those_of_the_logits(tiny_base: Path, tmp_path: Path) -> None:
@@ -62,7 +69,7 @@ def test_greedy_tokens_are_those_of_the_logits(tiny_base: Path, tmp_path: Path) 
         skeleton = scratch / "graph" / "skeleton.onnx"
         write_model(skeleton, out, answer, stored, small, store, 1)
         every = {name: DenseWeight(np.array(base.read(name))) for name in base.names()}
-    write_genai_config(scratch / "graph", out)
+    write_genai_config(scratch / "graph", out, token_ids(out, "base"))
     shutil.rmtree(scratch)
 
     prompt = [5, 17, 33, 80, 121]

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from sparseport.child import Child
+from sparseport.errors import Unsupported
 from sparseport.recipe import OnnxRecipe
 from sparseport.targets.model_files import copy_tokenizer_files, write_config, write_generation_config
 from sparseport.targets.onnx.builder import SKELETON
-from sparseport.targets.onnx.folder import write_genai_config
+from sparseport.targets.onnx.folder import token_ids, write_genai_config
 from sparseport.targets.onnx.graph import Written, write_model
 from sparseport.targets.onnx.store import Layout, OnnxStore, Stored
 from sparseport.targets.writer import f16_or_f32, without_place
@@ -58,7 +59,8 @@ class OnnxWriter:
             settings: format and accuracy.
 
         Raises:
-            BadInput: a small tensor is not finite.
+            BadInput: a small tensor is not finite, or the model names no end token.
+            Unsupported: ONNX Runtime's attention cannot compute the model's head size.
         """
         self.folder = folder
         self.scratch = scratch
@@ -68,6 +70,8 @@ class OnnxWriter:
         self._small = {name: f16_or_f32(values, name) for name, values in small.items()}
         write_config(config, folder)
         write_generation_config(base, config, folder)
+        _check_attention(config, settings, base.name)
+        self._ids = token_ids(folder, base.name)
         if tokenizer:
             copy_tokenizer_files(base, folder)
         self._store = OnnxStore(scratch / "weights.pack", _layout(settings))
@@ -126,7 +130,7 @@ class OnnxWriter:
         self._written = write_model(
             built / SKELETON, self.folder, answer, self._stored, self._small, self._store, level
         )
-        write_genai_config(built, self.folder, shared_cache=self._settings.format == "nbits")
+        write_genai_config(built, self.folder, self._ids, shared_cache=self._settings.format == "nbits")
 
     def certified(self) -> dict[str, dict[str, Any]]:
         """Where the graph uses each matrix, as the builder laid it out, and which norms are stored plus 1."""
@@ -156,6 +160,25 @@ def quantize_rows(values: Array, group_size: int) -> QuantizedWeight:
         parts.append((quantize_to_grid(rows, scales, zero_points, group_size, bits=8), scales, zero_points))
     codes, scales, zero_points = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     return QuantizedWeight(codes, scales, zero_points, group_size, bits=8)
+
+
+def _check_attention(config: dict[str, Any], settings: OnnxRecipe, where: str) -> None:
+    """GroupQueryAttention takes head sizes that are multiples of 8, and would say so only when it runs.
+
+    Raises:
+        Unsupported: the model has another one.
+    """
+    size = config.get("head_dim")
+    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    if size is None and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+        size = hidden // heads
+    if settings.format == "nbits" and isinstance(size, int) and size % 8:
+        raise Unsupported(
+            "ONNX Runtime's GroupQueryAttention needs a head size that is a multiple of 8",
+            where=where,
+            found=size,
+            fix="use `--onnx-format qdq`, whose attention is made of standard operators",
+        )
 
 
 def _layout(settings: OnnxRecipe) -> Layout:
