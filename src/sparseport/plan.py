@@ -21,8 +21,8 @@ from sparseport.recipe import Recipe, Target
 from sparseport.sources import Sources
 from sparseport.stored_forms import StoredForm, floating_form, quantized_form
 
-# What the frontend process (torch, transformers, optimum-intel and the traced graph) takes beside one matrix, measured.
-_FRONTEND_MIB = 450
+# What the process that builds a target's graph (torch, transformers, the exporter) takes beside one matrix, measured.
+_FRONTEND_MIB = {"openvino": 450, "onnx": 550}
 # The logit check holds the model in float32 twice: in torch, and compiled by OpenVINO; plus its libraries.
 _NUMERICS_MIB = 500
 _NUMERICS_BYTES_PER_WEIGHT = 8.5
@@ -134,7 +134,7 @@ def make_plan(recipe: Recipe, sources: Sources) -> Plan:
     matrices = [layer.shape for layer in layers] + [sources.base.info(name).shape for name in tensors]
     largest = max(int(np.prod(shape)) for shape in matrices)
     # The processes that build the targets' graphs run side by side.
-    memory = _FRONTEND_MIB * len(recipe.target) + (largest * 6 >> 20)
+    memory = sum(_FRONTEND_MIB[target] for target in recipe.target) + (largest * 6 >> 20)
     compressing = "openvino" in recipe.target and (recipe.compress.mode != "none" or recipe.embedding == "int8")
     if compressing:
         memory = max(memory, _NNCF_MIB + int(weights * _NNCF_BYTES_PER_WEIGHT) // 2**20)
@@ -334,6 +334,9 @@ def _notes(recipe: Recipe, sources: Sources, layers: list[LayerPlan]) -> list[st
             "no sparse base was given: pruned weights cannot be told from weights that are zero by rounding, "
             "so the certificate states digests but no mask"
         )
+    quantized = any(layer.group_size for layer in layers)
+    if recipe.onnx.accuracy == "fast" and not quantized and recipe.embedding != "int8":
+        notes.append("--onnx-accuracy fast has nothing to do: no layer is quantised")
     if recipe.compress.mode != "none" and all(layer.group_size for layer in layers):
         notes.append("--compress has nothing to do: every layer is INT4 already and stays as it is")
     return notes

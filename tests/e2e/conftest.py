@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparseport.pipeline import ExportResult, export
+from sparseport.pipeline import ExportResult, TargetExport, export
 from sparseport.recipe import Recipe, make_recipe
 
 Inputs = dict[str, Any]
@@ -111,7 +111,14 @@ def real_inputs(demo_base: Path, tmp_path_factory: pytest.TempPathFactory) -> In
 
 
 @pytest.fixture(scope="session")
-def real_qa(run_export: Any, real_inputs: Inputs) -> tuple[Recipe, ExportResult]:
-    """The real model, exported with its numeric check."""
-    result: tuple[Recipe, ExportResult] = run_export(**real_inputs)
+def real_both(run_export: Any, real_inputs: Inputs) -> tuple[Recipe, ExportResult]:
+    """The real model, exported to both targets with their numeric checks."""
+    pytest.importorskip("onnxruntime_genai")
+    result: tuple[Recipe, ExportResult] = run_export(**real_inputs, target=["openvino", "onnx"])
     return result
+
+
+@pytest.fixture(scope="session")
+def real_qa(real_both: Any) -> tuple[Recipe, TargetExport]:
+    """The OpenVINO half of `real_both`."""
+    return real_both[0], real_both[1].exports[0]

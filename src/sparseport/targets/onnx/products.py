@@ -93,11 +93,11 @@ class Products:
             if not wide:
                 self._cast(f"{y}/half", y)
             return
-        if part.bits != 8 or part.layout is Layout.COLUMNS:
+        if part.bits != 8:
             raise Unsupported(
-                "an embedding in 4 bits, or stored by columns, has no look-up",
+                "an embedding in 4 bits has no look-up",
                 where=part.label,
-                fix="use a base with an embedding in 8 or 16 bits and `--onnx-accuracy exact`",
+                fix="use a base with an embedding in 8 or 16 bits",
             )
         self._quantized_look_up(name, indices, y, part)
 

@@ -93,21 +93,23 @@ class OnnxStore(BlockFile):
         rows, columns = weight.shape
         groups, bits = weight.groups, weight.bits
         codes, zero_points, scales = weight.codes, weight.zero_points, _no_bfloat16(weight.scales)
-        if self.layout is Layout.NBITS:
+        # A table has to lie by rows to be looked up, and 8-bit matrices are tables (and heads that are tied to them).
+        layout = Layout.ROWS if self.layout is Layout.COLUMNS and bits == 8 else self.layout
+        if layout is Layout.NBITS:
             packed = codes if bits == 8 else pack_nibbles_low_first(codes)
             packed = packed.reshape(rows, groups, -1)
             points = zero_points if bits == 8 else pack_matmulnbits_zero_points(zero_points)
             code_block = self.append(packed, "UINT8", packed.shape)
             point_block = self.append(points, "UINT8", points.shape)
         else:
-            if self.layout is Layout.COLUMNS:
+            if layout is Layout.COLUMNS:
                 codes, zero_points, scales = (np.ascontiguousarray(part.T) for part in (codes, zero_points, scales))
             code_block = self._append_elements(codes, bits, label)
             point_block = self._append_elements(zero_points, bits, label)
         order = weight.input_order
         return StoredNBits(
             label=label,
-            layout=self.layout,
+            layout=layout,
             codes=code_block,
             zero_points=point_block,
             scales=self.append(scales, _float_type(scales), scales.shape),
