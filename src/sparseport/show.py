@@ -18,6 +18,15 @@ from sparseport.verify.certificate import Certificate
 from sparseport.verify.folder import Verdict
 
 
+# What the runs of the numeric check are called; see `verify.runs`.
+_SETTINGS = {
+    "default": "default settings",
+    "fast": "--onnx-accuracy fast",
+    "openvino_full_precision": "full precision, run by OpenVINO",
+    "openvino": "default settings, run by OpenVINO",
+}
+
+
 def printable(text: object) -> str:
     """Text from files or users, safe for a terminal and for rich's markup."""
     return escape(_printable(str(text)))
@@ -99,7 +108,7 @@ def show_numerics(numerics: dict[str, Any]) -> None:
     for label, run in numerics.items():
         if not isinstance(run, dict):
             continue
-        name = "default settings" if label == "default" else label.replace("_", " ")
+        name = _SETTINGS.get(label, label.replace("_", " "))
         if "allowed" in run:
             console.print(
                 f"  logits at {name}: max |difference| {run['judged_max_abs']} against torch {run['judged_against']} "
