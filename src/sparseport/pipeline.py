@@ -136,6 +136,7 @@ def _export(
                 with progress.task(_step("building the graph", target, recipe)):
                     writer.save()
                 _take_over(writer, linears[target], tensors[target])
+                layers.notes.extend(writer.notes)
                 if writer.left_out:
                     count = len(writer.left_out)
                     layers.notes.append(f"{count} biases of zeros are left out: the model has no such bias")

@@ -17,7 +17,6 @@ from sparseport.plan import Plan
 from sparseport.verify.certificate import Certificate
 from sparseport.verify.folder import Verdict
 
-
 # What the runs of the numeric check are called; see `verify.runs`.
 _SETTINGS = {
     "default": "default settings",

@@ -293,3 +293,16 @@ def test_a_missing_package_is_named_before_any_work(
     monkeypatch.setattr(builtins, "__import__", without_onnx)
     with pytest.raises(EnvironmentProblem, match=r"sparseport\[onnx\]"):
         verify(tiny_both[0].output / "onnx")
+
+
+def test_a_chat_template_that_is_filled_in_differently_is_noted(
+    tiny_int4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_int4, base)
+    (base / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}")
+    notes = _export(tmp_path, base=base, tokenizer=True, numerics=False).notes
+    assert not any("chat template" in note for note in notes)
+    monkeypatch.setattr("onnxruntime_genai.Tokenizer.apply_chat_template", lambda self, text, **_: "other")
+    notes = _export(tmp_path, base=base, tokenizer=True, numerics=False, overwrite=True).notes
+    assert sum("chat template differently" in note and "'other'" in note for note in notes) == 1

@@ -215,8 +215,12 @@ def test_a_matrix_that_nobody_certified(copy: Any) -> None:
         node = _node(model, "MatMulNBits", "layers.1/mlp/down_proj")
         output = node.output[0]
         node.output[0] = "before"
-        model.graph.node.append(onnx.helper.make_node("Transpose", ["stray"], ["turned"], "t", perm=[1, 0]))
-        model.graph.node.append(onnx.helper.make_node("MatMul", ["before", "turned"], [output], "extra"))
+        nodes = list(model.graph.node)
+        at = nodes.index(node) + 1
+        nodes.insert(at, onnx.helper.make_node("Transpose", ["stray"], ["turned"], "t", perm=[1, 0]))
+        nodes.insert(at + 1, onnx.helper.make_node("MatMul", ["before", "turned"], [output], "extra"))
+        del model.graph.node[:]
+        model.graph.node.extend(nodes)
 
     assert "model.onnx: matrix stray is used but not certified" in _change(copy("nbits"), change)
 
@@ -307,3 +311,20 @@ def test_a_file_that_is_no_model(copy: Any) -> None:
     folder = copy("nbits")
     (folder / "model.onnx").write_bytes(b"\x08\x07garbage" * 50)
     assert any(line.startswith("model.onnx: ") and "content" not in line for line in _found(folder))
+
+
+def test_a_graph_that_is_no_onnx(copy: Any, exported: dict[str, Path]) -> None:
+    def unordered(model: Any) -> None:
+        nodes = list(model.graph.node)
+        del model.graph.node[:]
+        model.graph.node.extend(reversed(nodes))
+
+    def attribute(model: Any) -> None:
+        _node(model, "Concat" if any(n.op_type == "Concat" for n in model.graph.node) else "Reshape").attribute.append(
+            onnx.helper.make_attribute("no_such", 1)
+        )
+
+    folder = copy("rows")
+    for change in (unordered, attribute):
+        assert any("onnx's checker refuses" in line for line in _change(folder, change))
+        shutil.copyfile(exported["rows"] / "model.onnx", folder / "model.onnx")

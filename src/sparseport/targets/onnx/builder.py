@@ -36,7 +36,7 @@ def build_graph(config: str, output: str, tokenizer: str | None = None) -> dict[
         `matmuls`: node name -> modules whose weights it multiplies with, in the order of their rows.
         `small`: initializer -> pieces `[tensor, first element, last element + 1, added]` that it is made of.
         `embedding`: module of the embedding; `tied`: whether the head is the embedding.
-        `versions` of the packages that made the graph.
+        `notes`: what is worth knowing about the tokenizer; `versions` of the packages that made the graph.
 
     Raises:
         Unsupported: the builder does not know the architecture, or computes with norms and biases in a way that the
@@ -68,14 +68,14 @@ def build_graph(config: str, output: str, tokenizer: str | None = None) -> dict[
     matmuls = {node: _modules_of(node, parts, names) for node, parts in nodes.items()}
     small = _find_marks(graph, marked)
     _save_skeleton(graph, target / SKELETON)
-    if tokenizer is not None:
-        check_tokenizer(Path(tokenizer), target)
+    notes = [] if tokenizer is None else check_tokenizer(Path(tokenizer), target)
     packages = ("torch", "transformers", "onnx", "onnx-ir", "onnxruntime-genai")
     return {
         "matmuls": matmuls,
         "small": small,
         "embedding": names[id(network.get_input_embeddings())],
         "tied": bool(network.config.get_text_config().tie_word_embeddings),
+        "notes": notes,
         "versions": {name: version(name) for name in packages},
     }
 

@@ -76,6 +76,8 @@ class OnnxReader:
                 if not users:
                     raise VerificationError("weight is not used", where=name)
                 yield from _split_small(name, values, users, shapes)
+        # Last, because what is wrong with a weight says more than what is wrong with the graph around it.
+        self.graph.check()
 
     def unnamed_matrices(self, named: set[str]) -> list[str]:
         """See `GraphReader.unnamed_matrices`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -11,11 +12,21 @@ from sparseport.checkpoints.json_files import read_json, write_json
 from sparseport.errors import BadInput, FidelityError
 from sparseport.targets.tokenizer_files import ROUND_TRIP_SAMPLES, TOKENIZER_FILES, load_tokenizer
 
+# What a chat template is tried with: all templates have roles for a user and an assistant.
+MESSAGES = (
+    {"role": "user", "content": 'Is it "cold"?'},
+    {"role": "assistant", "content": "No: 21 degrees."},
+    {"role": "user", "content": "Open a window."},
+)
 _ADVICE = "give --no-tokenizer, and use transformers' tokenizer with the folder"
 
 
-def check_tokenizer(source: Path, built: Path) -> None:
+def check_tokenizer(source: Path, built: Path) -> list[str]:
     """Compare onnxruntime-genai's tokenizer with the original on a few texts.
+
+    Returns:
+        What is worth knowing: a chat template that onnxruntime-genai fills in differently, which an application can
+        work around, as it cannot around wrong ids.
 
     Args:
         source: folder with the tokenizer's files and config.json.
@@ -55,6 +66,24 @@ def check_tokenizer(source: Path, built: Path) -> None:
                     code="E_TOKENIZER",
                     fix=_ADVICE,
                 )
+        return _chat_notes(original, tokenizer)
+
+
+def _chat_notes(original: Any, tokenizer: Any) -> list[str]:
+    """A sentence if the tokenizer has a chat template that the two fill in differently."""
+    if not original.chat_template:
+        return []
+    wanted = original.apply_chat_template(list(MESSAGES), tokenize=False, add_generation_prompt=True)
+    try:
+        found = tokenizer.apply_chat_template(json.dumps(MESSAGES), add_generation_prompt=True)
+    except Exception as error:  # a template engine of its own, which knows less than Jinja
+        found = f"an error: {error}"
+    if found == wanted:
+        return []
+    return [
+        "onnxruntime-genai fills in the chat template differently from transformers "
+        f"({found[:60]!r}, expected {wanted[:60]!r}): format prompts with transformers' tokenizer"
+    ]
 
 
 def _load(folder: Path, where: str) -> Any:

@@ -66,6 +66,7 @@ class OnnxWriter:
         self.scratch = scratch
         self.versions: dict[str, str] = {}
         self.left_out: list[str] = []
+        self.notes: list[str] = []
         self._settings, self._embedding = settings, embedding
         self._small = {name: f16_or_f32(values, name) for name, values in small.items()}
         write_config(config, folder)
@@ -122,7 +123,7 @@ class OnnxWriter:
     def save(self) -> None:
         """Wait for the graph, put the weights in and write the model and `genai_config.json`."""
         answer = self._child.result()
-        self.versions = answer["versions"]
+        self.versions, self.notes = answer["versions"], answer["notes"]
         placed = {str(piece[0]) for pieces in answer["small"].values() for piece in pieces}
         self.left_out = without_place(self._small, placed)
         built = self.scratch / "graph"

@@ -52,6 +52,7 @@ class OpenVinoWriter:
         self.scratch = scratch
         self.versions: dict[str, str] = {}
         self.left_out: list[str] = []
+        self.notes: list[str] = []
         self._small = dict(small)
         self._dtype = dtype
         write_config(config, folder)
