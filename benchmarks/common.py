@@ -16,7 +16,8 @@ from sparseport.recipe import Job, Recipe, load_job
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("openvino", "openvino-genai", "optimum-intel", "nncf", "torch", "transformers", "peft", "numpy")
+PACKAGES = ("openvino", "openvino-genai", "optimum-intel", "nncf", "torch", "transformers", "peft", "numpy", "onnx",
+            "onnxruntime", "onnxruntime-genai")  # fmt: skip
 
 
 def machine() -> dict[str, Any]:
@@ -102,8 +103,8 @@ def optimum_export(source: Path, output: Path, *options: str) -> list[str]:
     ]
 
 
-def run(command: list[str]) -> None:
-    """Run a command quietly; its output is shown only if it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def run(command: list[str], environment: dict[str, str] | None = None, folder: Path | None = None) -> None:
+    """Run a command quietly, in an environment and a folder if they are given; its output is shown only if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=folder)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[:4])} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
