@@ -163,3 +163,21 @@ def test_a_tokenizer_that_fills_the_vocabulary_is_converted(tiny_base, out):
     convert_tokenizer_folder(tiny_base, out)
     names = {f"openvino_{kind}.{suffix}" for kind in ("tokenizer", "detokenizer") for suffix in ("xml", "bin")}
     assert {path.name for path in out.iterdir()} == names
+
+
+def test_the_tokenizers_class_is_one_that_older_transformers_know(tiny_base: Path, tmp_path: Path) -> None:
+    """transformers 5 saves `TokenizersBackend`, which version 4 (and with it optimum-onnx) refuses."""
+    import json
+
+    from transformers import AutoTokenizer
+
+    (tmp_path / "base").mkdir()
+    (tmp_path / "out").mkdir()
+    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(tmp_path / "base")
+    settings = json.loads((tmp_path / "base" / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "TokenizersBackend"
+    copy_tokenizer_files(tmp_path / "base", tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert written == {**settings, "tokenizer_class": "PreTrainedTokenizerFast"}
+    one, two = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("base", "out"))
+    assert one("abc Xyz")["input_ids"] == two("abc Xyz")["input_ids"]

@@ -14,6 +14,7 @@ from sparseport.errors import VerificationError
 from sparseport.targets.model_files import write_config, write_generation_config
 from sparseport.targets.onnx.builder import build_graph
 from sparseport.targets.onnx.data_file import DATA
+from sparseport.targets.onnx.folder import write_genai_config
 from sparseport.targets.onnx.graph import MODEL, write_model
 from sparseport.targets.onnx.readback import OnnxReader
 from sparseport.targets.onnx.store import Layout, OnnxStore
@@ -84,6 +85,7 @@ def _written(
             stored[module] = store.add_quantized(label, in_layout(weight, groups))
         skeleton_file = folder / "graph" / "skeleton.onnx"
         written = write_model(skeleton_file, out, answer, stored, _small(base), store, accuracy_level)
+    write_genai_config(folder / "graph", out, {}, fold=layout is Layout.ROWS)
     (out / "scratch").unlink()
     assert set(written.places) == set(layers) and written.plus_one == []
     return out

@@ -25,6 +25,8 @@ _PATH_KEYS = (
     "vocab_file",
     "merges_file",
 )
+# What transformers 5 calls a plain tokenizers-library tokenizer when it saves one, and what both versions load.
+_NEW_CLASS, _OLD_CLASS = "TokenizersBackend", "PreTrainedTokenizerFast"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -52,8 +54,8 @@ def write_generation_config(base: Path, config: dict[str, Any], folder: Path) ->
 def copy_tokenizer_files(base: Path, folder: Path) -> list[str]:
     """Copy the tokenizer's own files; returns their names.
 
-    Paths of the machine that saved the tokenizer, and references to code (`auto_map`), are left out; a file without any
-    is copied byte for byte.
+    Paths of the machine that saved the tokenizer, and references to code (`auto_map`), are left out, and the class that
+    only transformers 5 knows is given the name that version 4 knows as well; any other file is copied byte for byte.
 
     Raises:
         BadInput: a file is missing behind a link, leaves the folder, or is not valid JSON.
@@ -64,6 +66,8 @@ def copy_tokenizer_files(base: Path, folder: Path) -> list[str]:
             source = bare_file(base, name, "tokenizer file")
             data = read_json(source, what=name) if name in _WITH_PATHS else None
             kept = _without_traces(data)
+            if isinstance(kept, dict) and kept.get("tokenizer_class") == _NEW_CLASS:
+                kept["tokenizer_class"] = _OLD_CLASS
             if kept == data:
                 shutil.copyfile(source, folder / name)
             else:

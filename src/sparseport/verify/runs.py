@@ -118,6 +118,10 @@ def onnx_session(folder: Path, level: int | None = None, threads: int = 0) -> An
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
     providers = ["CPUExecutionProvider"]
+    # As the folder asks, which is what onnxruntime-genai does.
+    for key, value in _decoder(folder)["session_options"].items():
+        if key.startswith("session."):
+            options.add_session_config_entry(key, str(value))
     if level is None:
         return onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=providers)
     model = onnx.load(folder / "model.onnx", load_external_data=False)
@@ -145,9 +149,14 @@ def onnx_logits(folder: Path, tokens: list[int], level: int | None = None) -> F3
 
 def empty_cache(folder: Path, inputs: list[str]) -> dict[str, F32]:
     """A KV cache of no tokens for the inputs of a graph: float32 [1, KV heads, 0, head size] each."""
-    decoder = read_json(folder / "genai_config.json", what="genai_config.json")["model"]["decoder"]
+    decoder = _decoder(folder)
     shape = (1, int(decoder["num_key_value_heads"]), 0, int(decoder["head_size"]))
     return {name: np.zeros(shape, np.float32) for name in inputs if name.startswith("past_key_values")}
+
+
+def _decoder(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = read_json(folder / "genai_config.json", what="genai_config.json")["model"]["decoder"]
+    return config
 
 
 def openvino_logits(model: Any, tokens: list[int], settings: dict[str, str]) -> F32:

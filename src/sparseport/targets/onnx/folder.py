@@ -10,6 +10,9 @@ from sparseport.checkpoints.json_files import read_json, write_json
 from sparseport.errors import BadInput
 
 NAME = "genai_config.json"
+DISABLE_QDQ = "session.disable_quant_qdq"
+"""ONNX Runtime's session entry that lets it fold DequantizeLinear like any other operator on constants."""
+
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -44,7 +47,9 @@ def token_ids(folder: Path, base: str) -> dict[str, Any]:
     return ids
 
 
-def write_genai_config(built: Path, folder: Path, ids: Mapping[str, Any], *, shared_cache: bool = True) -> None:
+def write_genai_config(
+    built: Path, folder: Path, ids: Mapping[str, Any], *, shared_cache: bool = True, fold: bool = False
+) -> None:
     """Complete the builder's `genai_config.json` and write it beside the model.
 
     Args:
@@ -52,11 +57,14 @@ def write_genai_config(built: Path, folder: Path, ids: Mapping[str, Any], *, sha
         folder: folder of the model.
         ids: the model's own, see `token_ids`.
         shared_cache: whether the graph can write the KV cache in place, as GroupQueryAttention does.
+        fold: whether ONNX Runtime is to dequantise weights once, when it loads; left alone it does so for every token.
     """
     config: dict[str, Any] = read_json(built / NAME, what=NAME)
     config["model"] |= ids
     # Greedy unless the application says otherwise: the same prompt gives the same answer everywhere.
     config["search"]["do_sample"] = False
+    if fold:
+        config["model"]["decoder"]["session_options"][DISABLE_QDQ] = "1"
     if not shared_cache:
         config["search"]["past_present_share_buffer"] = False
     write_json(folder / NAME, config)

@@ -18,7 +18,7 @@ _DTYPES: dict[int, np.dtype[Any]] = {
     10: np.dtype("<f2"),
     21: np.dtype("u1"),
 }
-_UINT4 = 21
+_FLOAT, _UINT4 = 1, 21
 _EXTERNAL = 1
 # Operators that ONNX Runtime registers in ONNX's own domain, where ONNX has none of these names.
 _NOT_ONNX = ("SimplifiedLayerNormalization",)
@@ -137,10 +137,13 @@ class OnnxGraph:
         return data[offset : offset + size]
 
     def constant_behind(self, name: str, kinds: tuple[str, ...]) -> str | None:
-        """The constant that a value is made of, looking through operations of some kinds; None if there is none."""
+        """The constant that a value is made of, looking through operations of some kinds; None if there is none.
+
+        A Cast counts only if it is one to float32.
+        """
         while name not in self.tensors:
             node = self.producers.get(name)
-            if node is None or node.op_type not in kinds:
+            if node is None or node.op_type not in kinds or (node.op_type == "Cast" and not _widens(node)):
                 return None
             name = node.input[0]
         return name
@@ -156,15 +159,6 @@ class OnnxGraph:
             raise VerificationError("a weight is computed by something else", where=name)
         return constant
 
-    def expect_behind(self, name: str, kinds: tuple[str, ...], constant: str) -> None:
-        """Only operations of the given kinds may stand between a value and its constant.
-
-        Raises:
-            VerificationError: another one does.
-        """
-        if self.constant_behind(name, kinds) != constant:
-            raise VerificationError("a weight is computed by something else", where=constant)
-
     def label(self, name: str, suffix: str) -> str:
         """The label of a constant whose name ends in a suffix.
 
@@ -176,27 +170,14 @@ class OnnxGraph:
         return name.removesuffix(suffix)
 
     def producer(self, name: str, kind: str) -> Any:
-        """The node that makes a value, which must be of a kind.
+        """The node that makes a value, which must be of a kind (and a Cast one to float32).
 
         Raises:
             VerificationError: it is not.
         """
         node = self.producers.get(name)
-        if node is None or node.op_type != kind:
-            raise VerificationError("operation missing around a quantised weight", where=name, expected=kind)
-        return node
-
-    def first_of(self, name: str, kind: str, kinds: tuple[str, ...]) -> Any:
-        """The nearest node of a kind above a value, looking through the given kinds.
-
-        Raises:
-            VerificationError: there is none.
-        """
-        node = self.producers.get(name)
-        while node is not None and node.op_type != kind and node.op_type in kinds:
-            node = self.producers.get(node.input[0])
-        if node is None or node.op_type != kind:
-            raise VerificationError("operation missing around a quantised weight", where=name, expected=kind)
+        if node is None or node.op_type != kind or (kind == "Cast" and not _widens(node)):
+            raise VerificationError("operation missing around a weight", where=name, expected=kind)
         return node
 
     def only_user(self, name: str, kind: str) -> Any:
@@ -207,16 +188,12 @@ class OnnxGraph:
         """
         users = self.users.get(name, [])
         if len(users) != 1 or users[0].op_type != kind:
-            raise VerificationError(
-                "operation missing around a quantised weight",
-                where=name,
-                expected=kind,
-                found=[user.op_type for user in users],
-            )
+            found = [user.op_type for user in users]
+            raise VerificationError("operation missing around a weight", where=name, expected=kind, found=found)
         return users[0]
 
     def is_transposed(self, name: str) -> bool:
-        """Whether a matrix reaches a product through a Transpose of its two axes."""
+        """Whether a value is another one with its two axes exchanged."""
         node = self.producers.get(name)
         if node is None or node.op_type != "Transpose":
             return False
@@ -248,3 +225,8 @@ class OnnxGraph:
         except onnx.checker.ValidationError as error:
             found = (str(error).strip().splitlines() or [""])[0]
             raise VerificationError("onnx's checker refuses the graph", where=self.name, found=found) from error
+
+
+def _widens(cast: Any) -> bool:
+    """Whether a Cast is one to float32."""
+    return any(attribute.name == "to" and attribute.i == _FLOAT for attribute in cast.attribute)

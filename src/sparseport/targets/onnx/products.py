@@ -4,8 +4,10 @@ nbits     MatMulNBits(x, codes, Cast(scales), zero_points), with an explicit acc
 rows      MatMul(x, Transpose(DequantizeLinear(codes, Cast(scales), zero_points, axis 1)))
 columns   MatMul(x, DequantizeLinear(codes, Cast(scales), zero_points, axis 0))
 floating  MatMul(x, Transpose(Cast(weight))); runtimes fold the right side when they load
+8 bits    MatMul(x, Transpose((Cast(codes) - Cast(zero_points)) * Cast(scales))), folded likewise: in float32 ONNX
+          Runtime's MatMulNBits is fifteen times slower at 8 bits; at its fast level it is the best, and taken
 look-up   Cast(Gather(weight)), so that only the rows that are looked up are widened; a quantised table is looked up in
-          codes, scales and zero-points, and the rows are dequantised
+          codes, scales and zero-points, and the rows are dequantised as above
 
 With act-order, x is gathered by `input_order` first. Initializers are named `<label>.codes`, `.zero_points`, `.scales`,
 `.input_order`; a floating one is its label. Rows of several layers in one tensor have their labels joined by `+`.
@@ -22,6 +24,8 @@ from sparseport.targets.onnx.data_file import DataFile
 from sparseport.targets.onnx.store import Layout, Stored, StoredMatrix, StoredNBits
 
 JOIN = "+"
+EXACT_LEVEL, FAST_LEVEL = 1, 4
+"""MatMulNBits' accuracy_level: 1 multiplies in float32, 4 rounds activations to int8 first."""
 
 
 class Products:
@@ -31,6 +35,7 @@ class Products:
         self.nodes: list[Any] = []
         self.initializers: list[Any] = []
         self._data, self._accuracy_level = data, accuracy_level
+        self._fast = accuracy_level == FAST_LEVEL
         self._made: set[str] = set()  # names of tensors and results
 
     def product(self, name: str, x: str, y: str, parts: Sequence[Stored]) -> None:
@@ -55,6 +60,13 @@ class Products:
             self.node("Gather", [x, order], f"{name}/gathered", f"{name}/Gather", axis=-1)
             x = f"{name}/gathered"
         inputs = self._parts_of(label, quantized)
+        if first.bits == 8 and not (first.layout is Layout.NBITS and self._fast):
+            weight = f"{label}/dequantized"
+            if weight not in self._made:
+                self._dequantize(weight, inputs, first, [-1], weight)
+            self._transposed(weight, name)
+            self.node("MatMul", [x, f"{weight}/transposed"], y, name)
+            return
         if first.layout is Layout.NBITS:
             self.node(
                 "MatMulNBits",
@@ -109,27 +121,42 @@ class Products:
         self._made.add(output)
 
     def _quantized_look_up(self, name: str, indices: str, y: str, part: StoredNBits) -> None:
-        codes, scales, points = self._parts_of(part.label, [part])
-        shapes = {}
-        for kind, lengths in (("rows", (part.groups, part.block_size)), ("group", (part.groups, 1)), ("whole", (-1,))):
-            shapes[kind] = self._constant(f"{part.label}/{kind}", [0, 0, *lengths])
-        rows: dict[str, str] = {}
-        for kind, table, shape in (
-            ("codes", codes, "rows"),
-            ("zero_points", points, "group"),
-            ("scales", scales, "group"),
-        ):
-            found = f"{name}/{kind}"
+        found = []
+        for kind, table in zip(("codes", "scales", "zero_points"), self._parts_of(part.label, [part]), strict=True):
             # The look-up of the codes keeps the node's name: it is where the table is used.
-            self.node("Gather", [table, indices], found, name if kind == "codes" else f"{found}/Gather")
-            if kind != "scales":
-                self._cast(found, f"{found}/float")
-                found = f"{found}/float"
-            self.node("Reshape", [found, shapes[shape]], f"{found}/grouped", f"{found}/Reshape")
-            rows[kind] = f"{found}/grouped"
-        self.node("Sub", [rows["codes"], rows["zero_points"]], f"{name}/steps", f"{name}/Sub")
-        self.node("Mul", [f"{name}/steps", rows["scales"]], f"{name}/values", f"{name}/Mul")
-        self.node("Reshape", [f"{name}/values", shapes["whole"]], y, f"{name}/Reshape")
+            self.node(
+                "Gather", [table, indices], f"{name}/{kind}", name if kind == "codes" else f"{name}/{kind}/Gather"
+            )
+            found.append(f"{name}/{kind}")
+        self._dequantize(name, found, part, [0, 0], y)
+
+    def _dequantize(self, name: str, values: Sequence[str], part: StoredNBits, lead: list[int], y: str) -> None:
+        """y = (codes - zero_points) * scales, group by group.
+
+        Args:
+            name: prefix of the nodes' names.
+            values: codes [*lead, columns, in any shape], scales and zero-points [*lead, groups].
+            part: the groups.
+            lead: the leading lengths as Reshape writes them: 0 keeps one, -1 is what is left.
+            y: the result, [*lead, columns].
+        """
+        codes, scales, points = values
+        for value in (codes, points):
+            self._cast(value, f"{value}/wide")
+        reshaped: list[str] = []
+        for value, lengths in (
+            (f"{codes}/wide", [part.groups, part.block_size]),
+            (f"{points}/wide", [part.groups, 1]),
+            (scales, [part.groups, 1]),
+        ):
+            shape = self._constant(f"{name}/shape/{len(reshaped)}", [*lead, *lengths])
+            self.node("Reshape", [value, shape], f"{value}/grouped", f"{value}/Reshape")
+            reshaped.append(f"{value}/grouped")
+        self.node("Sub", reshaped[:2], f"{name}/steps", f"{name}/Sub")
+        self.node("Mul", [f"{name}/steps", reshaped[2]], f"{name}/values", f"{name}/Mul")
+        self.node(
+            "Reshape", [f"{name}/values", self._constant(f"{name}/shape", [*lead, part.columns])], y, f"{name}/Reshape"
+        )
 
     def _parts_of(self, label: str, parts: Sequence[StoredNBits]) -> list[str]:
         """Names of codes, scales as float32, and zero-points (left out where 4-bit ones are all 8 and may be)."""

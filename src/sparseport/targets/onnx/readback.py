@@ -25,7 +25,7 @@ from sparseport.weights.linear import U8, Array, DenseWeight, QuantizedWeight
 # Which input of a node is a matrix of weights.
 _MATRIX_SIDES = {"MatMul": (0, 1), "Gemm": (0, 1), "FusedMatMul": (0, 1), "MatMulNBits": (1,), "Gather": (0,),
                  "GatherBlockQuantized": (0,), "EmbedLayerNormalization": (2,)}  # fmt: skip
-_PASSED = ("Transpose", "Cast", "DequantizeLinear", "Reshape")
+_PASSED = ("Transpose", "Cast", "DequantizeLinear", "Reshape", "Sub", "Mul")
 _PLUS_ONE = ".plus_one"
 # Tables of the rotary embedding, which the builder computes from the config.
 _ROTARY = re.compile(r"(cos|sin)_cache")
@@ -121,10 +121,7 @@ class OnnxReader:
             if constant.endswith(".codes"):
                 yield constant.removesuffix(".codes"), lambda: self._dequantized(node)
             else:
-                graph.expect_behind(node.input[1], ("Transpose", "Cast"), constant)
-                if not graph.is_transposed(node.input[1]):
-                    raise VerificationError("a weight is multiplied without being transposed", where=constant)
-                yield constant, lambda: self._dense(constant)
+                yield constant, lambda: self._multiplied(node, constant)
         elif node.op_type == "Gather" and node.input[0] in graph.tensors and len(graph.shape(node.input[0])) >= 2:
             name = node.input[0]
             if name.endswith((".scales", ".zero_points")):
@@ -140,6 +137,14 @@ class OnnxReader:
         if values.dtype.name not in kinds:
             raise VerificationError("a weight is of an unknown type", where=constant, found=values.dtype.name)
         return _Found(constant, DenseWeight(values), kinds[values.dtype.name])
+
+    def _multiplied(self, node: Any, constant: str) -> _Found:
+        """MatMul(x, Transpose(Cast(weight))): one Transpose, or a square weight would pass the wrong way round."""
+        if not self.graph.is_transposed(node.input[1]):
+            raise VerificationError("a weight is multiplied without being transposed", where=constant)
+        if self.graph.behind(self.graph.producers[node.input[1]].input[0], ("Cast",)) != constant:
+            raise VerificationError("a weight is computed by something else", where=constant)
+        return self._dense(constant)
 
     def _nbits(self, node: Any) -> _Found:
         """MatMulNBits, as ONNX Runtime's contrib operators define it."""
@@ -165,19 +170,21 @@ class OnnxReader:
         return self._quantized(label, codes, scales, zero_points, block, bits, node.input[0])
 
     def _dequantized(self, node: Any) -> _Found:
-        """MatMul with a blocked DequantizeLinear (ONNX opset 21), by rows and transposed, or by columns."""
+        """MatMul with a weight that is dequantised by rows and transposed, or by columns."""
         graph = self.graph
-        transposed = graph.is_transposed(node.input[1])
-        dequantize = graph.producer(node.input[1], "Transpose") if transposed else node
-        side = dequantize.input[0] if transposed else node.input[1]
-        dequantize = graph.producer(side, "DequantizeLinear")
+        value = node.input[1]
+        transposed = graph.is_transposed(value)
+        if transposed:
+            value = graph.producers[value].input[0]
+            if graph.producers[value].op_type == "Reshape":
+                return self._computed(value, [-1], None)
+        dequantize = graph.producer(value, "DequantizeLinear")
         attributes = {attribute.name: attribute.i for attribute in dequantize.attribute}
         label = graph.label(dequantize.input[0], ".codes")
         axis, block = int(attributes.get("axis", 1)), int(attributes.get("block_size", 0))
         if axis != (1 if transposed else 0) or block < 1 or len(dequantize.input) != 3:
-            raise VerificationError(
-                "a quantised layer of an unknown layout", where=label, found=f"axis {axis}, {block}"
-            )
+            found = f"axis {axis}, blocks of {block}"
+            raise VerificationError("a quantised layer of an unknown layout", where=label, found=found)
         codes = graph.values(dequantize.input[0])
         bits = graph.bits(dequantize.input[0])
         if codes.ndim != 2 or codes.shape[axis] % block:
@@ -190,49 +197,49 @@ class OnnxReader:
         return self._quantized(label, codes, scales, points, block, bits, node.input[0])
 
     def _looked_up(self, node: Any) -> _Found:
-        """A quantised table: rows of codes, zero-points and scales are looked up by the same indices."""
-        graph = self.graph
-        label = graph.label(node.input[0], ".codes")
-        codes, points = graph.values(node.input[0]), graph.values(f"{label}.zero_points")
-        rows = codes.shape[0]
-        codes, points = codes.reshape(rows, -1), points.reshape(rows, -1)
-        scales = graph.values(f"{label}.scales").reshape(rows, -1)
-        block = codes.shape[1] // max(points.shape[1], 1)
-        if graph.bits(node.input[0]) != 8 or points.shape != scales.shape or block * points.shape[1] != codes.shape[1]:
-            raise VerificationError("parts of a quantised table do not fit", where=label)
-        self._check_arithmetic(node, label, points.shape[1], block)
-        weight = QuantizedWeight(codes, scales, points, block, 8)
-        _check_finite(weight.scales, label)
-        return _Found(label, weight, "u8")
+        """A quantised table whose codes, zero-points and scales are looked up by the same indices."""
+        value, graph = node.output[0], self.graph
+        for kind in ("Cast", "Reshape", "Sub", "Mul", "Reshape"):
+            value = graph.only_user(value, kind).output[0]
+        return self._computed(value, [0, 0], node.input[1])
 
-    def _check_arithmetic(self, node: Any, label: str, groups: int, block: int) -> None:
-        """Follow a table's rows: Reshape(Cast(codes)) - Reshape(Cast(zero_points)), times Reshape(scales), reshaped.
+    def _computed(self, value: str, lead: list[int], indices: str | None) -> _Found:
+        """Reshape((Reshape(Cast(codes)) - Reshape(Cast(zero_points))) * Reshape(Cast(scales))), followed from its end.
 
-        Raises:
-            VerificationError: another operation stands there.
+        Args:
+            value: the result.
+            lead: the leading lengths in every Reshape.
+            indices: what codes, zero-points and scales are each looked up by, or None if they are taken whole.
         """
         graph = self.graph
-        grouped = graph.only_user(graph.only_user(node.output[0], "Cast").output[0], "Reshape")
-        subtract = graph.only_user(grouped.output[0], "Sub")
-        multiply = graph.only_user(subtract.output[0], "Mul")
-        final = graph.only_user(multiply.output[0], "Reshape")
-        found = []
-        for value, kinds in (
-            (subtract.input[1], ("Reshape", "Cast", "Gather")),
-            (multiply.input[1], ("Reshape", "Cast", "Gather")),
-        ):
-            gather = graph.first_of(value, "Gather", kinds)
-            if gather.input[1] != node.input[1]:
-                raise VerificationError("parts of a quantised table are looked up by other indices", where=label)
-            found.append(graph.behind(gather.input[0], ("Cast",)))
-        shapes = [graph.values(step.input[1]).tolist() for step in (grouped, final)]
-        right = [[0, 0, groups, block], [0, 0, -1]]
-        if (
-            found != [f"{label}.zero_points", f"{label}.scales"]
-            or shapes != right
-            or subtract.input[0] != grouped.output[0]
-        ):
-            raise VerificationError("rows of a quantised table are computed in another way", where=label)
+        final = graph.producer(value, "Reshape")
+        multiply = graph.producer(final.input[0], "Mul")
+        subtract = graph.producer(multiply.input[0], "Sub")
+        tables, shapes = [], [graph.values(final.input[1]).tolist()]
+        for part, cast in ((subtract.input[0], True), (subtract.input[1], True), (multiply.input[1], False)):
+            reshape = graph.producer(part, "Reshape")
+            shapes.append(graph.values(reshape.input[1]).tolist())
+            source = graph.producer(reshape.input[0], "Cast").input[0] if cast else reshape.input[0]
+            if indices is not None:
+                gather = graph.producer(source, "Gather")
+                if gather.input[1] != indices or any(a.name == "axis" and a.i != 0 for a in gather.attribute):
+                    raise VerificationError("parts of a quantised table are looked up differently", where=gather.name)
+                source = gather.input[0]
+            tables.append(graph.behind(source, ("Cast",)))
+        label = graph.label(tables[0], ".codes")
+        codes, points, scales = (graph.values(name) for name in tables)
+        rows = codes.shape[0]
+        codes, points, scales = (part.reshape(rows, -1) for part in (codes, points, scales))
+        groups = points.shape[1]
+        block = codes.shape[1] // max(groups, 1)
+        wanted = [[*lead, codes.shape[1]], [*lead, groups, block], [*lead, groups, 1], [*lead, groups, 1]]
+        names = [f"{label}.{part}" for part in ("codes", "zero_points", "scales")]
+        if shapes != wanted or tables != names or points.shape != scales.shape or block * groups != codes.shape[1]:
+            raise VerificationError("parts of a quantised table do not fit each other", where=label)
+        if codes.dtype != np.uint8 or points.dtype != np.uint8 or graph.bits(tables[0]) != 8:
+            raise VerificationError("a quantised table is not of 8-bit codes", where=label)
+        _check_finite(scales, label)
+        return _Found(label, QuantizedWeight(codes, scales, points, block, 8), "u8")
 
     def _quantized(
         self, label: str, codes: U8, scales: Array, zero_points: U8 | None, block: int, bits: int, x: str

@@ -15,6 +15,7 @@ from sparseport.targets.model_files import copy_tokenizer_files, write_config, w
 from sparseport.targets.onnx.builder import SKELETON
 from sparseport.targets.onnx.folder import token_ids, write_genai_config
 from sparseport.targets.onnx.graph import Written, write_model
+from sparseport.targets.onnx.products import EXACT_LEVEL, FAST_LEVEL
 from sparseport.targets.onnx.store import Layout, OnnxStore, Stored
 from sparseport.targets.writer import f16_or_f32, without_place
 from sparseport.weights.digest import digest, value_digest
@@ -22,8 +23,7 @@ from sparseport.weights.layouts import GroupLayout, in_layout, matmulnbits_layou
 from sparseport.weights.linear import Array, DenseWeight, QuantizedWeight
 from sparseport.weights.rounding import choose_qparams_minmax, error_in_steps, quantize_to_grid
 
-ACCURACY_LEVELS = {"exact": 1, "fast": 4}
-"""MatMulNBits' accuracy_level: 1 multiplies in float32, 4 rounds activations to int8 first."""
+ACCURACY_LEVELS = {"exact": EXACT_LEVEL, "fast": FAST_LEVEL}
 
 # Rows quantised at a time, so that a large embedding is never widened whole.
 _ROWS = 4096
@@ -131,7 +131,13 @@ class OnnxWriter:
         self._written = write_model(
             built / SKELETON, self.folder, answer, self._stored, self._small, self._store, level
         )
-        write_genai_config(built, self.folder, self._ids, shared_cache=self._settings.format == "nbits")
+        write_genai_config(
+            built,
+            self.folder,
+            self._ids,
+            shared_cache=self._settings.format == "nbits",
+            fold=self._store.layout is Layout.ROWS,
+        )
 
     def certified(self) -> dict[str, dict[str, Any]]:
         """Where the graph uses each matrix, as the builder laid it out, and which norms are stored plus 1."""
