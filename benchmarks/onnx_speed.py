@@ -24,14 +24,9 @@ from typing import Any
 import common
 
 from sparseport.offline import go_offline
+from sparseport.verify.runs import OPENVINO_FULL_PRECISION
 
 go_offline()
-
-EXACT_OPENVINO = {
-    "INFERENCE_PRECISION_HINT": "f32",
-    "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
-    "KV_CACHE_PRECISION": "f32",
-}
 
 
 @dataclass(frozen=True)
@@ -48,7 +43,7 @@ class Variant:
 OPENVINO, ONNX = "openvino-genai", "onnxruntime-genai"
 VARIANTS = [
     Variant("OpenVINO, default settings", (), OPENVINO),
-    Variant("OpenVINO, full precision", (), OPENVINO, EXACT_OPENVINO, "full_precision"),
+    Variant("OpenVINO, full precision", (), OPENVINO, OPENVINO_FULL_PRECISION, "full_precision"),
     Variant("OpenVINO, default settings, INT8 embedding", ("--embedding", "int8"), OPENVINO),
     Variant("ONNX Runtime, exact", ("--target", "onnx"), ONNX),
     Variant("ONNX Runtime, exact, INT8 embedding", ("--target", "onnx", "--embedding", "int8"), ONNX),

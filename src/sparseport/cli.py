@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sparseport import __version__
-from sparseport.errors import EnvironmentProblem, SparseportError, UsageError
+from sparseport.errors import EnvironmentProblem, SparseportError, UsageError, VerificationError
 from sparseport.offline import go_offline
 from sparseport.progress import Progress
 
@@ -288,29 +288,36 @@ def _add_verify(verbs: Any) -> None:
 
 def _run_verify(options: argparse.Namespace) -> int:
     from sparseport.show import show_verdicts
-    from sparseport.verify.certificate import certified_folders
-    from sparseport.verify.folder import Verdict, require_all, unequal_weights, verify
+    from sparseport.verify.certificate import exported_folders
+    from sparseport.verify.folder import Verdict, require_all, strangers, unequal_weights, verify
     from sparseport.verify.judge import check_numerics
 
-    # A folder of several targets is verified whole; anything else is left to `verify` to name what is wrong with it.
-    folders = certified_folders(options.folder) or [options.folder]
+    folders = exported_folders(options.folder)
+    several = folders != [options.folder]
     verdicts: list[Verdict] = []
     numerics: list[dict[str, Any] | None] = []
     for folder in folders:
-        with _progress(options).task(f"verifying {folder.name}" if len(folders) > 1 else "verifying") as step:
-            verdict = verify(folder, strict=not options.ignore_extra, on_step=step)
+        with _progress(options).task(f"verifying {folder.name}" if several else "verifying") as step:
+            try:
+                verdict = verify(folder, strict=not options.ignore_extra, on_step=step)
+            except VerificationError as error:
+                if not several:
+                    raise
+                verdict = Verdict(folder, 0, 0, 0, [str(error)])  # the other folder is looked at all the same
         verdicts.append(verdict)
         numerics.append(None)
         if verdict.ok and options.numerics and verdict.certificate:
             with _progress(options).task("comparing logits"):
                 numerics[-1] = check_numerics(folder, verdict.certificate.target, verdict.certificate.portable)
     unequal = unequal_weights(verdicts)
+    if several and not options.ignore_extra:
+        unequal += strangers(options.folder, folders)
     results = [
         verdict.as_dict() | ({"numerics": found} if found else {})
         for verdict, found in zip(verdicts, numerics, strict=True)
     ]
     result = results[0]
-    if len(folders) > 1:
+    if several:
         result = {
             "ok": not unequal and all(verdict.ok for verdict in verdicts),
             "differences": unequal,

@@ -19,6 +19,8 @@ from sparseport.weights.linear import DenseWeight, QuantizedWeight
 from sparseport.weights.mask import sparsity
 
 Facts = dict[str, dict[str, Any]]
+# Fields of a recipe that are places on somebody's machine.
+_PATHS = ("base", "sparse_base", "adapter", "search_space", "output")
 
 
 def linear_facts(layer: LayerPlan, merged: Merged, sources: Sources, recipe: Recipe) -> dict[str, Any]:
@@ -116,7 +118,7 @@ def recipe_facts(recipe: Recipe, target: str) -> dict[str, Any]:
     The same folder comes out whether its target was exported alone or beside another one, so the other is not named.
     """
     other = "compress" if target == "onnx" else "onnx"
-    data = recipe.model_dump(mode="json", exclude={"base", "sparse_base", "adapter", "output", "overwrite", other})
+    data = recipe.model_dump(mode="json", exclude={*_PATHS, "overwrite", other})
     data["target"] = [target]
     if "compress" in data:
         data["compress"] = {

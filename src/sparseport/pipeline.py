@@ -97,11 +97,14 @@ def export(recipe: Recipe, progress: Progress | None = None) -> ExportResult:
         require_exportable(layers)
         for note in layers.notes:
             progress.note(note)
+        told = len(layers.notes)
         check_space(recipe.output, layers.output_bytes + layers.scratch_bytes)
         with staged_output(
             recipe.output, recipe.overwrite, ours=lambda folder: bool(certified_folders(folder))
         ) as stage:
             certificates = _export(recipe, sources, layers, stage, progress)
+            for note in layers.notes[told:]:
+                progress.note(note)
             for target, certificate in certificates.items():
                 certificate.write(recipe.folder_of(target, stage))
     exports = [
@@ -136,10 +139,10 @@ def _export(
                 with progress.task(_step("building the graph", target, recipe)):
                     writer.save()
                 _take_over(writer, linears[target], tensors[target])
-                layers.notes.extend(writer.notes)
+                notes = list(writer.notes)
                 if writer.left_out:
-                    count = len(writer.left_out)
-                    layers.notes.append(f"{count} biases of zeros are left out: the model has no such bias")
+                    notes.append(f"{len(writer.left_out)} biases of zeros are left out: the model has no such bias")
+                layers.notes.extend(note for note in notes if note not in layers.notes)
         if "openvino" in recipe.target and (recipe.compress.mode != "none" or recipe.embedding == "int8"):
             with progress.task(f"compressing ({recipe.compress.mode}, embedding {recipe.embedding})"):
                 parts = folders["openvino"], scratches["openvino"], linears["openvino"], tensors["openvino"]
@@ -156,7 +159,8 @@ def _export(
             "inputs": inputs,
             "versions": {**writers[target].versions, "numpy": np.__version__},
         }
-        proof = _prove(recipe, target, folders[target], linears[target], tensors[target], progress)
+        facts = linears[target], tensors[target], writers[target].around
+        proof = _prove(recipe, target, folders[target], *facts, progress)
         certificates[target] = Certificate({**body, **proof})
     return certificates
 
@@ -237,7 +241,13 @@ def _take_over(writer: TargetWriter, linears: Facts, tensors: Facts) -> None:
 
 
 def _prove(
-    recipe: Recipe, target: Target, folder: Path, linears: Facts, tensors: Facts, progress: Progress
+    recipe: Recipe,
+    target: Target,
+    folder: Path,
+    linears: Facts,
+    tensors: Facts,
+    around: dict[str, Any],
+    progress: Progress,
 ) -> dict[str, Any]:
     """Read a written folder back, compare its logits, and return these parts of its certificate.
 
@@ -245,7 +255,7 @@ def _prove(
         FidelityError: a weight is not the one that was merged, or the logits are not the model's.
     """
     with progress.task(_step("reading back", target, recipe), len(linears)) as step:
-        require_read_back(open_reader(target, folder), target, linears, tensors, step)
+        require_read_back(open_reader(target, folder), target, linears, tensors, around, step)
     numerics: dict[str, Any] = {"run": False}
     if recipe.numerics:
         with progress.task(_step("comparing logits", target, recipe)):
@@ -254,6 +264,7 @@ def _prove(
     return {
         "linears": linears,
         "tensors": tensors,
+        **({"graph": around} if around else {}),
         "totals": totals(linears),
         "numerics": numerics,
         "files": {path.relative_to(folder).as_posix(): file_facts(path) for path in files},

@@ -19,7 +19,7 @@ from sparseport.checkpoints.dialect import LayerFormat
 from sparseport.errors import BadInput, EnvironmentProblem, FidelityError, SparseportError, Unsupported
 from sparseport.recipe import Recipe, Target
 from sparseport.sources import Sources
-from sparseport.stored_forms import StoredForm, floating_form, quantized_form
+from sparseport.stored_forms import StoredForm, floating_form, quantized_form, require_head_size
 
 # What the process that builds a target's graph (torch, transformers, the exporter) takes beside one matrix, measured.
 _FRONTEND_MIB = {"openvino": 450, "onnx": 550}
@@ -70,6 +70,7 @@ class Plan:
 
     memory_mib           peak of the export without the logit check
     numerics_memory_mib  peak of the logit check; 0 if it will not run
+    problem              why a target refuses the model, whatever its layers are, or None
     """
 
     layers: list[LayerPlan]
@@ -79,6 +80,7 @@ class Plan:
     memory_mib: int
     numerics_memory_mib: int
     notes: list[str] = field(default_factory=list)
+    problem: SparseportError | None = None
 
     @property
     def refusals(self) -> list[LayerPlan]:
@@ -150,7 +152,16 @@ def make_plan(recipe: Recipe, sources: Sources) -> Plan:
         if recipe.numerics
         else 0,
         notes=_notes(recipe, sources, layers),
+        problem=_problem(recipe, sources),
     )
+
+
+def _problem(recipe: Recipe, sources: Sources) -> SparseportError | None:
+    try:
+        require_head_size(recipe, sources.base.config, str(sources.base.path))
+    except SparseportError as error:
+        return error
+    return None
 
 
 def planned_modules(sources: Sources) -> list[str]:
@@ -166,9 +177,11 @@ def require_exportable(plan: Plan) -> None:
     """Raise if the plan refuses a layer, or if the machine cannot hold the logit check.
 
     Raises:
-        SparseportError: the refusal of the first layer, with the number of others.
+        SparseportError: why the model is refused, or the refusal of the first layer, with the number of others.
         EnvironmentProblem: less memory is free than the logit check needs.
     """
+    if plan.problem is not None:
+        raise plan.problem
     if plan.refusals:
         first = plan.refusals[0].refusal
         assert first is not None

@@ -104,7 +104,7 @@ class Recipe(_Strict):
         if len(set(self.target)) != len(self.target):
             raise ValueError("a target is named twice")
         if "onnx" not in self.target and self.onnx != OnnxRecipe():
-            raise ValueError("the onnx options need the target onnx")
+            raise ValueError("the onnx options need the target onnx; `--set onnx={}` drops those of a recipe file")
         if "onnx" in self.target and self.compress.mode != "none":
             raise ValueError(
                 "compression is OpenVINO's; export to onnx in a run of its own, where floating-point layers stay so"
@@ -261,6 +261,10 @@ def _checked(kind: type[_Model], data: dict[str, Any], where: str) -> _Model:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
+        if not field:  # options that do not fit each other
+            raise BadInput(
+                f"recipe: {first['msg'].removeprefix('Value error, ')}", where=where, code="E_RECIPE"
+            ) from None
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
         raise BadInput(
             f"recipe field {field!r}: {first['msg']}{more}",

@@ -1,8 +1,9 @@
-"""In which form each target holds a layer: its groups, its label in tables, and its size."""
+"""In which form each target holds a layer (groups, label in tables, size), and which models it cannot hold."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from sparseport.errors import BadInput, Unsupported
 from sparseport.recipe import Recipe
@@ -47,6 +48,15 @@ def quantized_form(
     else:
         blocks = PORTABLE_BLOCKS if recipe.onnx.portable else MATMULNBITS_BLOCKS
         layout, kind = matmulnbits_layout(group_size, module, blocks), f"u{bits}"
+    if target == "onnx" and bits == 8 and layout.block != layout.part:
+        raise Unsupported(
+            "an 8-bit layer of this width cannot be stored for ONNX Runtime",
+            where=module,
+            expected="a multiple of 16",
+            found=columns,
+            fix="export to OpenVINO",
+            code="E_GROUP",
+        )
     groups = columns // layout.part
     # A scale of 16 bits and a zero-point of the codes' width for each group.
     size = rows * groups * (layout.block * bits + 16 + bits) // 8
@@ -96,3 +106,22 @@ def _compress_group(group_size: int, columns: int, module: str) -> int:
             code="E_GROUP",
         )
     return group
+
+
+def require_head_size(recipe: Recipe, config: dict[str, Any], where: str) -> None:
+    """GroupQueryAttention takes head sizes that are multiples of 8, and would say so only when it runs.
+
+    Raises:
+        Unsupported: the model has another one.
+    """
+    size = config.get("head_dim")
+    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    if size is None and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+        size = hidden // heads
+    if "onnx" in recipe.target and recipe.onnx.format == "nbits" and isinstance(size, int) and size % 8:
+        raise Unsupported(
+            "ONNX Runtime's GroupQueryAttention needs a head size that is a multiple of 8",
+            where=where,
+            found=size,
+            fix="use `--onnx-format qdq`, whose attention is made of standard operators",
+        )

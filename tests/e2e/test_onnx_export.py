@@ -306,3 +306,66 @@ def test_a_chat_template_that_is_filled_in_differently_is_noted(
     monkeypatch.setattr("onnxruntime_genai.Tokenizer.apply_chat_template", lambda self, text, **_: "other")
     notes = _export(tmp_path, base=base, tokenizer=True, numerics=False, overwrite=True).notes
     assert sum("chat template differently" in note and "'other'" in note for note in notes) == 1
+
+
+def test_verify_looks_at_every_folder(tiny_both: Any, tmp_path: Path, capsys: Any) -> None:
+    """A broken or missing certificate in one folder does not hide the other, nor a stray file both."""
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_both[0].output, copy)
+    (copy / "notes.txt").write_text("x")
+    assert main(["verify", str(copy), "--quiet"]) == 5
+    assert "notes.txt: beside the exported folders" in capsys.readouterr().out
+    assert main(["verify", str(copy), "--quiet", "--ignore-extra"]) == 0
+    (copy / "openvino" / "sparseport.json").write_text("{}")
+    assert main(["verify", str(copy), "--quiet", "--ignore-extra", "--json"]) == 5
+    found = json.loads(capsys.readouterr().out.partition("\n{")[2].join(["{", ""]))
+    assert found["folders"]["onnx"]["ok"] and not found["folders"]["openvino"]["ok"]
+    (copy / "openvino" / "sparseport.json").unlink()
+    assert main(["verify", str(copy), "--quiet", "--ignore-extra"]) == 5
+    assert "has no certificate" in capsys.readouterr().out
+
+
+def test_a_dry_run_names_what_the_target_refuses(tmp_path: Path, tiny_base: Path, capsys: Any) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "head_dim": 12}))
+    arguments = ["export", "--target", "onnx", "--base", str(base), "--output", str(tmp_path / "out"), "--dry-run"]
+    assert main(arguments) == 7
+    assert "multiple of 8" in capsys.readouterr().err
+    assert main([*arguments, "--onnx-format", "qdq"]) == 0
+
+
+def test_notes_reach_the_terminal(tiny_int4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparseport.progress import Progress
+
+    told: list[str] = []
+    monkeypatch.setattr(Progress, "note", lambda self, text: told.append(text))
+    monkeypatch.setattr("onnxruntime_genai.Tokenizer.apply_chat_template", lambda self, text, **_: "other")
+    base = tmp_path / "base"
+    shutil.copytree(tiny_int4, base)
+    (base / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    result = _export(tmp_path, base=base, tokenizer=True, numerics=False)
+    assert told == result.notes and any("chat template" in note for note in told)
+
+
+@pytest.mark.parametrize(("ends", "message"), [("2", "no token of the model"), (256, "below 256"), (-1, "no token")])
+def test_end_tokens_that_are_none(ends: Any, message: str, tiny_base: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    with pytest.raises(BadInput, match=message):
+        _export(tmp_path, base=base)
+
+
+def test_the_models_own_sampling_is_kept(tiny_base: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    own = {"eos_token_id": 0, "do_sample": True, "temperature": 0.6, "top_p": 0.92, "repetition_penalty": 1.1}
+    (base / "generation_config.json").write_text(json.dumps(own))
+    search = json.loads((_export(tmp_path, base=base, numerics=False).folder / "genai_config.json").read_text())[
+        "search"
+    ]
+    assert {key: search[key] for key in own if key != "eos_token_id"} == {
+        k: v for k, v in own.items() if "eos" not in k
+    }

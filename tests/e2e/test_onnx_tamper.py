@@ -245,7 +245,7 @@ def test_act_order_of_another_axis_or_layer(copy: Any, exported: dict[str, Path]
     folder = copy("ordered")
     assert any("another axis" in line for line in _change(folder, axis))
     shutil.copyfile(exported["ordered"] / "model.onnx", folder / "model.onnx")
-    assert _change(folder, dropped) == ["model.onnx.data: weight model.layers.1.mlp.down_proj changed"]
+    assert "model.onnx.data: weight model.layers.1.mlp.down_proj changed" in _change(folder, dropped)
 
 
 @pytest.mark.parametrize("where", ["embed_tokens/Gather", "lm_head.weight/dequantized"])
@@ -275,7 +275,7 @@ def test_a_quantised_table_is_followed_to_its_end(step: str, where: str, copy: A
             next(nodes).input[0] = f"{'model.' if 'embed' in where else ''}{name}.weight.codes"
 
     found = _change(copy("nbits"), change)
-    assert len(found) == 1 and found[0].startswith("model.onnx: ")
+    assert found and all(line.startswith("model.onnx: ") for line in found)
 
 
 def test_a_norm_in_anothers_place_or_unused(copy: Any) -> None:

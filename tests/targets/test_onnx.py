@@ -85,6 +85,7 @@ def _written(
             stored[module] = store.add_quantized(label, in_layout(weight, groups))
         skeleton_file = folder / "graph" / "skeleton.onnx"
         written = write_model(skeleton_file, out, answer, stored, _small(base), store, accuracy_level)
+    (out / "generation_config.json").write_text("{}")
     write_genai_config(folder / "graph", out, {}, fold=layout is Layout.ROWS)
     (out / "scratch").unlink()
     assert set(written.places) == set(layers) and written.plus_one == []

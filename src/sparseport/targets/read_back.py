@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from sparseport.weights.linear import DenseWeight, QuantizedWeight
 
@@ -53,6 +53,14 @@ class GraphReader(Protocol):
 
     def unnamed_matrices(self, named: set[str]) -> list[str]:
         """Matrices that a linear layer or a look-up uses and that are not among the `named` ones; sorted."""
+        ...
+
+    def around(self) -> dict[str, Any]:
+        """After `weights`: what can be said of the rest of the graph, to be compared with the certificate's `graph`.
+
+        Raises:
+            VerificationError: the graph is not one that its format allows.
+        """
         ...
 
     def misplaced(self, module: str, places: tuple[str, ...], tied_head: bool) -> str | None:

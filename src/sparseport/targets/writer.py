@@ -22,11 +22,13 @@ class TargetWriter(Protocol):
     versions  packages that made the graph, after `save`
     left_out  small tensors that the model has no place for and that change nothing, after `save`
     notes     sentences for the user, after `save`
+    around    what the graph around the weights was built as, after `save`; see `GraphReader.around`
     """
 
     versions: dict[str, str]
     left_out: list[str]
     notes: list[str]
+    around: dict[str, Any]
 
     def add_linear(self, module: str, weight: QuantizedWeight | DenseWeight, layout: GroupLayout | None) -> None:
         """Store a linear layer's weight; a quantised one in the groups of `layout`."""

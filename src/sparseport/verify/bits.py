@@ -24,6 +24,7 @@ class GraphDigests:
     tensors   tensor name -> digest of the stored values
     values    tensor name -> digest of the numbers whatever float dtype holds them; None if they are quantised
     unproven  names of matrices that the graph uses and nobody certified
+    around    what the reader says of the graph around the weights
     """
 
     linears: dict[str, str] = field(default_factory=dict)
@@ -31,6 +32,7 @@ class GraphDigests:
     tensors: dict[str, str] = field(default_factory=dict)
     values: dict[str, str | None] = field(default_factory=dict)
     unproven: list[str] = field(default_factory=list)
+    around: dict[str, Any] = field(default_factory=dict)
 
 
 def digest_graph(
@@ -54,6 +56,8 @@ def digest_graph(
     for item in graph.weights(shapes):
         module = item.name.removesuffix(".weight")
         weight = item.weight
+        if module in found.linears or item.name in found.tensors:
+            raise VerificationError("a weight is found twice in the graph", where=item.name)
         if module in linears:
             _check_places(graph, module, item.places, linears[module])
             group_size = linears[module].get("group_size")
@@ -78,6 +82,8 @@ def digest_graph(
                 found.values[item.name] = None
     known = set(found.linears) | set(found.tensors) | {f"{module}.weight" for module in found.linears}
     found.unproven = graph.unnamed_matrices(known)
+    if not found.unproven:
+        found.around = graph.around()
     return found
 
 
@@ -101,18 +107,36 @@ def require_read_back(
     target: str,
     linears: dict[str, dict[str, Any]],
     tensors: dict[str, dict[str, Any]],
+    around: Mapping[str, Any],
     on_step: Callable[[], None] = lambda: None,
 ) -> None:
     """Compare every weight of a written graph with what was merged; on success the digests enter the facts.
 
+    Args:
+        graph: the written graph.
+        target: what it was written for.
+        linears: what was merged, by module.
+        tensors: what else was written, by name.
+        around: what the graph around the weights was built as.
+        on_step: called after each linear layer.
+
     Raises:
-        FidelityError: a weight in the file is not the one that was merged, or the graph uses one that nobody merged.
+        FidelityError: a weight in the file is not the one that was merged, or the graph uses one that nobody merged, or
+            is another one around the weights than was built.
     """
     file = graph.graph_file
     found = digest_graph(graph, linears, tensors, on_step)
     if found.unproven:
         raise FidelityError(
             "the graph uses a matrix that no input gave", where=f"{file}, {found.unproven[0]}", code="E_READBACK"
+        )
+    if found.around != around:
+        raise FidelityError(
+            "the written graph is not the one that was built",
+            where=file,
+            expected=around,
+            found=found.around,
+            code="E_READBACK",
         )
     for module, facts in linears.items():
         expected = facts.get("compressed_sha256", facts["weight_sha256"])

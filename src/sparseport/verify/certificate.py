@@ -46,6 +46,11 @@ class Certificate:
         return isinstance(onnx, dict) and onnx.get("portable") is True
 
     @property
+    def around(self) -> dict[str, Any]:
+        """What the graph around the weights was built as; see `targets.read_back.GraphReader.around`."""
+        return dict(self.body.get("graph", {}))
+
+    @property
     def linears(self) -> dict[str, dict[str, Any]]:
         """Per linear layer: rule, shape, format, sparsity and digests."""
         return dict(self.body["linears"])
@@ -140,6 +145,13 @@ def certified_folders(folder: Path) -> list[Path]:
     return []
 
 
+def exported_folders(folder: Path) -> list[Path]:
+    """What there is to verify at a place: the folder itself, or those of its subfolders that have a target's name."""
+    if (folder / FILE_NAME).is_file() or not folder.is_dir():
+        return [folder]
+    return [folder / name for name in TARGETS if (folder / name).is_dir()] or [folder]
+
+
 def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
@@ -198,6 +210,8 @@ def _check_structure(data: dict[str, Any], path: Path) -> None:
     target = data.get("target", "openvino")
     if target not in TARGETS:
         raise VerificationError("the certificate has an unknown target", where=path, expected=TARGETS, found=target)
+    if not isinstance(data.get("graph", {}), dict):
+        raise VerificationError("the certificate's entry is of another type", where=f"{path}, graph")
     for part, checks in _OF_EVERY_ENTRY.items():
         entries = data.get(part)
         if not isinstance(entries, dict) or (part == "files" and not entries):

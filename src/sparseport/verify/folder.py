@@ -95,7 +95,14 @@ def _weight_differences(
         return [f"{graph_file}: {error.what}{f' ({error.where})' if error.where else ''}"]
     except Exception as error:  # a damaged graph can fail anywhere in the reader: that is a difference, not a bug
         return [f"{graph_file}: cannot be read back ({type(error).__name__}: {str(error).splitlines()[:1]})"]
-    differences = [f"{graph_file}: matrix {name} is used but not certified" for name in found.unproven]
+    differences = [
+        f"sparseport.json: weight {name} was not read back as it was merged"
+        for name, facts in sorted(certificate.linears.items())
+        if facts["readback"][target] != facts.get("compressed_sha256", facts.get("weight_sha256"))
+    ]
+    differences += [f"{graph_file}: matrix {name} is used but not certified" for name in found.unproven]
+    if not found.unproven and found.around != certificate.around:
+        differences.append(f"{graph_file}: the graph around the weights changed")
     for kind, digests in (("weight", found.linears), ("tensor", found.tensors)):
         for name, facts in sorted(certified[kind].items()):
             if name not in digests:
@@ -116,6 +123,12 @@ def unequal_weights(verdicts: list[Verdict]) -> list[str]:
         unequal = sorted(m for m in {*digests, *theirs} if digests.get(m) != theirs.get(m))
         differences += [f"{module}: the targets' certificates name different weights" for module in unequal]
     return differences
+
+
+def strangers(parent: Path, folders: list[Path]) -> list[str]:
+    """What lies beside the folders of several targets."""
+    names = {folder.name for folder in folders}
+    return [f"{path.name}: beside the exported folders" for path in sorted(parent.iterdir()) if path.name not in names]
 
 
 def require(verdict: Verdict) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparseport.checkpoints.json_files import read_json
+from sparseport.targets.onnx.products import EXACT_LEVEL, FAST_LEVEL
 
 F32 = npt.NDArray[np.float32]
 
@@ -30,7 +31,6 @@ OPENVINO_FULL_PRECISION = {
 _QDQ_LEVEL = "session.qdq_matmulnbits_accuracy_level"
 # Where external tensors lie when the graph itself comes from memory.
 _DATA_FOLDER = "session.model_external_initializers_file_folder_path"
-EXACT_LEVEL, FAST_LEVEL = 1, 4
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def build_graph(config: str, output: str, tokenizer: str | None = None) -> dict[
     small = _find_marks(graph, marked)
     _save_skeleton(graph, target / SKELETON)
     notes = [] if tokenizer is None else check_tokenizer(Path(tokenizer), target)
-    packages = ("torch", "transformers", "onnx", "onnx-ir", "onnxruntime-genai")
+    packages = ("torch", "transformers", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai")
     return {
         "matmuls": matmuls,
         "small": small,
@@ -266,7 +266,17 @@ def _save_skeleton(model: Any, path: Path) -> None:
     import onnx
     import onnx_ir as ir
 
+    from sparseport.errors import Unsupported
+
     model.graph.sort()
+    for node in model.graph:
+        if any(value.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for value in node.attributes.values()):
+            raise Unsupported(
+                "onnxruntime-genai's builder makes a graph with branches of this model, which cannot be read back",
+                where=node.name,
+                found=node.op_type,
+                fix="export to OpenVINO",
+            )
     for name, value in model.graph.initializers.items():
         if len(value.shape) >= 2 and not name.startswith(("cos_cache", "sin_cache")):
             size = value.dtype.itemsize

@@ -13,6 +13,7 @@ NAME = "genai_config.json"
 DISABLE_QDQ = "session.disable_quant_qdq"
 """ONNX Runtime's session entry that lets it fold DequantizeLinear like any other operator on constants."""
 
+_SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -27,7 +28,7 @@ def token_ids(folder: Path, base: str) -> dict[str, Any]:
         base: name of the folder that both came from, for the message.
 
     Raises:
-        BadInput: the model names no end token, so generation would never stop.
+        BadInput: the model names no end token, so generation would never stop, or an id that is none of its tokens.
     """
     generation = read_json(folder / "generation_config.json", what="generation_config.json")
     own = read_json(folder / "config.json", what="config.json")
@@ -40,6 +41,18 @@ def token_ids(folder: Path, base: str) -> dict[str, Any]:
             fix='add "eos_token_id" to generation_config.json',
             code="E_CONFIG",
         )
+    size = own.get("vocab_size")
+    for key, value in ids.items():
+        for token in value if isinstance(value, list) else [value]:
+            if token is not None and (type(token) is not int or token < 0 or (type(size) is int and token >= size)):
+                raise BadInput(
+                    f"{key} is no token of the model",
+                    where=f"{base}, generation_config.json",
+                    expected=f"whole numbers below {size}",
+                    found=token,
+                    fix="correct it there, or in config.json",
+                    code="E_CONFIG",
+                )
     if ids["pad_token_id"] is None:
         ids["pad_token_id"] = ends[0] if isinstance(ends, list) else ends
     if ids["bos_token_id"] is None:
@@ -61,8 +74,9 @@ def write_genai_config(
     """
     config: dict[str, Any] = read_json(built / NAME, what=NAME)
     config["model"] |= ids
-    # Greedy unless the application says otherwise: the same prompt gives the same answer everywhere.
-    config["search"]["do_sample"] = False
+    generation = read_json(folder / "generation_config.json", what="generation_config.json")
+    config["search"]["do_sample"] = False  # as transformers, unless the model says otherwise
+    config["search"] |= {key: generation[key] for key in _SAMPLING if generation.get(key) is not None}
     if fold:
         config["model"]["decoder"]["session_options"][DISABLE_QDQ] = "1"
     if not shared_cache:

@@ -16,7 +16,15 @@ import numpy as np
 from sparseport.errors import FidelityError, Unsupported
 from sparseport.targets.onnx.data_file import DataFile
 from sparseport.targets.onnx.products import JOIN, Products, joinable
+from sparseport.targets.onnx.standard_ops import to_standard_ops
 from sparseport.targets.onnx.store import Layout, OnnxStore, Stored
+from sparseport.targets.onnx.structure import (
+    constant_digest,
+    look_up_entry,
+    node_entry,
+    product_entry,
+    structure_digest,
+)
 from sparseport.weights.linear import Array
 
 MODEL = "model.onnx"
@@ -30,12 +38,14 @@ Pieces = Sequence[Sequence[Any]]
 class Written:
     """What the certificate says of a written graph.
 
-    places    module -> names of the nodes that multiply with its weight, or look it up
-    plus_one  names of the tensors that 1 was added to
+    places        module -> names of the nodes that multiply with its weight, or look it up
+    plus_one      names of the tensors that 1 was added to
+    graph_sha256  digest of the graph around the weights, taken before they were put in
     """
 
     places: dict[str, list[str]]
     plus_one: list[str]
+    graph_sha256: str
 
 
 def write_model(
@@ -65,40 +75,90 @@ def write_model(
     import onnx
 
     model = onnx.load(skeleton, load_external_data=False)
-    with DataFile(folder, store) as data:
-        products = Products(data, accuracy_level)
-        places = _fill(model.graph, products, answer, stored)
-        kept = [_kept(tensor, data) for tensor in model.graph.initializer if _is_kept(tensor, answer["small"])]
+    graph = model.graph
+    outside = {tensor.name for tensor in graph.initializer if tensor.external_data}
     renamed, tensors = _small_tensors(answer["small"], small)
-    renamed |= {tensor.name: _own_name(tensor.name) for tensor in kept}
+    kept = [tensor for tensor in graph.initializer if tensor.name not in outside | set(answer["small"])]
     for tensor in kept:
-        tensor.name = renamed[tensor.name]
-    for node in products.nodes:
+        renamed[tensor.name] = tensor.name = _own_name(tensor.name)
+    for node in graph.node:
         for index, name in enumerate(node.input):
             node.input[index] = renamed.get(name, name)
-    # Shapes that the builder noted for results whose makers are replaced would have to be kept true for nothing.
+    placeholders = [tensor for tensor in graph.initializer if tensor.name in outside]
+    _replace(graph.initializer, [*kept, *tensors, *placeholders])
+    standard = store.layout is not Layout.NBITS
+    expected = _structure(model, answer, stored, {tensor.name for tensor in tensors} | outside, standard)
+    with DataFile(folder, store) as data:
+        products = Products(data, accuracy_level)
+        places = _fill(graph, products, answer, stored)
+        own = [_outside_if_large(tensor, data) for tensor in kept]
+    _replace(graph.node, products.nodes)
     made = {output for node in products.nodes for output in node.output}
-    notes = [value for value in model.graph.value_info if value.name in made and value.name not in renamed]
-    for field, values in (("value_info", notes), ("node", products.nodes)):
-        model.graph.ClearField(field)
-        getattr(model.graph, field).extend(values)
-    del model.graph.initializer[:]
-    model.graph.initializer.extend([*kept, *tensors, *products.initializers])
-    if store.layout is not Layout.NBITS:
-        from sparseport.targets.onnx.standard_ops import to_standard_ops
-
+    _replace(graph.value_info, [value for value in graph.value_info if value.name in made])
+    _replace(graph.initializer, [*own, *tensors, *products.initializers])
+    if standard:
         to_standard_ops(model)
     onnx.save(model, folder / MODEL)
     pieces = [piece for found in answer["small"].values() for piece in found]
-    return Written(places, sorted({str(piece[0]) for piece in pieces if piece[3]}))
+    return Written(places, sorted({str(piece[0]) for piece in pieces if piece[3]}), expected)
 
 
-def _is_kept(tensor: Any, small: Mapping[str, Pieces]) -> bool:
-    """Whether a tensor of the skeleton is the builder's own: shapes, masks, tables of the rotary embedding."""
-    return not tensor.external_data and tensor.name not in small
+def _structure(
+    model: Any, answer: Mapping[str, Any], stored: Mapping[str, Stored], weights: set[str], standard: bool
+) -> str:
+    """Digest of the builder's graph before any weight is in it: what a reader has to find around the weights.
+
+    Args:
+        model: the graph, its norms and biases under the checkpoint's names.
+        answer: what the builder said of it.
+        stored: the layers that will be put in.
+        weights: names of norms, biases and placeholders.
+        standard: whether the graph will be rewritten in standard operators.
+    """
+    import onnx
+    from onnx import numpy_helper
+
+    plain = onnx.ModelProto()
+    plain.CopyFrom(model)
+    if standard:
+        to_standard_ops(plain)
+    entries = []
+    for node in plain.graph.node:
+        modules = _modules(answer, node.name, stored)
+        if modules is not None:
+            entries.append(product_entry(node.name, node.input[0], node.output[0], modules))
+        elif node.op_type == "Gather" and _is_placeholder(plain.graph, node.input[0]):
+            entries.append(look_up_entry(node.name, node.input[1], node.output[0], answer["embedding"]))
+        else:
+            entries.append(node_entry(node))
+    constants = {
+        tensor.name: constant_digest(tensor.data_type, tensor.dims, numpy_helper.to_array(tensor).tobytes())
+        for tensor in plain.graph.initializer
+        if tensor.name not in weights
+    }
+    return structure_digest(plain.graph, entries, constants)
 
 
-def _kept(tensor: Any, data: DataFile) -> Any:
+def _modules(answer: Mapping[str, Any], node: str, stored: Mapping[str, Stored]) -> list[str] | None:
+    """The layers that a node of the skeleton stands for, or None; a tied head is the embedding."""
+    modules: list[str] | None = answer["matmuls"].get(node)
+    if modules is not None and answer["tied"] and modules[0] not in stored:
+        return [answer["embedding"]]
+    return modules
+
+
+def _is_placeholder(graph: Any, name: str) -> bool:
+    return any(tensor.name == name and tensor.external_data for tensor in graph.initializer)
+
+
+def _replace(field: Any, values: Sequence[Any]) -> None:
+    """Give a repeated field of a protobuf other values."""
+    kept = list(values)
+    del field[:]
+    field.extend(kept)
+
+
+def _outside_if_large(tensor: Any, data: DataFile) -> Any:
     """A tensor of the builder; a large one moves into the data file."""
     from onnx import numpy_helper
 
@@ -117,17 +177,14 @@ def _fill(
     """Every node of the skeleton again, with products and look-ups of what was stored; returns where each is used."""
     embedding = answer["embedding"]
     places: dict[str, list[str]] = {}
-    outside = {tensor.name for tensor in graph.initializer if tensor.external_data}
     for node in graph.node:
-        modules = answer["matmuls"].get(node.name)
-        if modules is None and node.op_type == "Gather" and node.input[0] in outside:
+        modules = _modules(answer, node.name, stored)
+        if modules is None and node.op_type == "Gather" and _is_placeholder(graph, node.input[0]):
             places.setdefault(embedding, []).append(node.name)
             products.look_up(node.name, node.input[1], node.output[0], _of(embedding, stored))
         elif modules is None:
             products.nodes.append(node)
         else:
-            if answer["tied"] and modules[0] not in stored:
-                modules = [embedding]
             names = _products(products, node, modules, [_of(module, stored) for module in modules])
             for module, name in zip(modules, names, strict=True):
                 places.setdefault(module, []).append(name)

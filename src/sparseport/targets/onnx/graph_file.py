@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from sparseport.errors import VerificationError
+from sparseport.targets.onnx.structure import constant_digest
 
 # ONNX's numbers of element types: FLOAT, UINT8, INT32, INT64, FLOAT16, UINT4.
 _DTYPES: dict[int, np.dtype[Any]] = {
@@ -26,7 +27,7 @@ _CONTRIB = "com.microsoft"
 
 
 class OnnxGraph:
-    """The nodes and constants of a graph; external tensors are memory-mapped."""
+    """The nodes and constants of a graph; external tensors are read when they are asked for, and not kept."""
 
     def __init__(self, folder: Path, name: str) -> None:
         """Parse a folder's graph.
@@ -59,7 +60,8 @@ class OnnxGraph:
                 self.producers[output] = node
             for value in set(node.input):
                 self.users.setdefault(value, []).append(node)
-        self._maps: dict[str, Any] = {}
+        # Results and constants that make up weights: what is left is the graph around them.
+        self.spent: set[str] = set()
 
     def _once(self, name: str, known: dict[str, Any]) -> None:
         if name and (name in self.tensors or name in known):
@@ -110,7 +112,7 @@ class OnnxGraph:
             raise VerificationError("constant has too few or too many bytes", where=tensor.name, found=len(data))
         return data
 
-    def _external(self, tensor: Any, size: int) -> Any:
+    def _external(self, tensor: Any, size: int) -> bytes:
         entries = {entry.key: entry.value for entry in tensor.external_data}
         location = entries.get("location", "")
         try:
@@ -122,39 +124,60 @@ class OnnxGraph:
         path = self.folder / location
         if path.is_symlink() or not path.is_file():
             raise VerificationError("external data file is missing", where=location)
-        data = self._maps.get(location)
-        if data is None:
-            data = self._maps[location] = (
-                np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
-            )
-        if length != size or offset < 0 or offset + size > data.size:
+        end = path.stat().st_size
+        if length != size or offset < 0 or offset + size > end:
             raise VerificationError(
                 "external data does not fit its tensor",
                 where=f"{location}, {tensor.name}",
                 expected=f"{size} bytes",
-                found=f"{length} bytes at {offset} of {data.size}",
+                found=f"{length} bytes at {offset} of {end}",
             )
-        return data[offset : offset + size]
+        # Read, not mapped: pages of a map would stay in memory until the whole file is there.
+        with path.open("rb") as file:
+            file.seek(offset)
+            data = file.read(size)
+        if len(data) != size:
+            raise VerificationError("external data cannot be read to its end", where=f"{location}, {tensor.name}")
+        return data
 
-    def constant_behind(self, name: str, kinds: tuple[str, ...]) -> str | None:
+    def digest_of(self, name: str) -> str:
+        """Digest of a constant of any type; see `structure.constant_digest`."""
+        from onnx import numpy_helper
+
+        tensor = self.tensors[name]
+        if tensor.data_type in _DTYPES:
+            data = self.values(name).tobytes()
+        elif tensor.data_location == _EXTERNAL:
+            raise VerificationError("constant is of an unknown type", where=name)
+        else:
+            data = numpy_helper.to_array(tensor).tobytes()
+        return constant_digest(tensor.data_type, self.shape(name), data)
+
+    def constant_behind(self, name: str, kinds: tuple[str, ...], *, spend: bool = False) -> str | None:
         """The constant that a value is made of, looking through operations of some kinds; None if there is none.
 
         A Cast counts only if it is one to float32.
+
+        spend  whether what is looked through makes up a weight
         """
+        passed = [name]
         while name not in self.tensors:
             node = self.producers.get(name)
             if node is None or node.op_type not in kinds or (node.op_type == "Cast" and not _widens(node)):
                 return None
             name = node.input[0]
+            passed.append(name)
+        if spend:
+            self.spent.update(passed)
         return name
 
     def behind(self, name: str, kinds: tuple[str, ...]) -> str:
-        """As `constant_behind`.
+        """As `constant_behind`, for what makes up a weight.
 
         Raises:
             VerificationError: there is no constant behind it.
         """
-        constant = self.constant_behind(name, kinds)
+        constant = self.constant_behind(name, kinds, spend=True)
         if constant is None:
             raise VerificationError("a weight is computed by something else", where=name)
         return constant
@@ -167,6 +190,7 @@ class OnnxGraph:
         """
         if name not in self.tensors or not name.endswith(suffix):
             raise VerificationError(f"a quantised layer's constant is not named *{suffix}", where=name)
+        self.spent.add(name)
         return name.removesuffix(suffix)
 
     def producer(self, name: str, kind: str) -> Any:
@@ -178,6 +202,7 @@ class OnnxGraph:
         node = self.producers.get(name)
         if node is None or node.op_type != kind or (kind == "Cast" and not _widens(node)):
             raise VerificationError("operation missing around a weight", where=name, expected=kind)
+        self.spent.add(name)
         return node
 
     def only_user(self, name: str, kind: str) -> Any:
@@ -190,6 +215,7 @@ class OnnxGraph:
         if len(users) != 1 or users[0].op_type != kind:
             found = [user.op_type for user in users]
             raise VerificationError("operation missing around a weight", where=name, expected=kind, found=found)
+        self.spent.update(users[0].output)
         return users[0]
 
     def is_transposed(self, name: str) -> bool:

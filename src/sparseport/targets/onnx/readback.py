@@ -9,7 +9,7 @@ compute scales * (codes - zero_points).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 
 from sparseport.errors import VerificationError
 from sparseport.targets.onnx.graph_file import OnnxGraph
+from sparseport.targets.onnx.structure import Entry, look_up_entry, node_entry, product_entry, structure_digest
 from sparseport.targets.read_back import ReadBack, Shapes
 from sparseport.weights.grouping import without_filling
 from sparseport.weights.linear import U8, Array, DenseWeight, QuantizedWeight
@@ -27,18 +28,20 @@ _MATRIX_SIDES = {"MatMul": (0, 1), "Gemm": (0, 1), "FusedMatMul": (0, 1), "MatMu
                  "GatherBlockQuantized": (0,), "EmbedLayerNormalization": (2,)}  # fmt: skip
 _PASSED = ("Transpose", "Cast", "DequantizeLinear", "Reshape", "Sub", "Mul")
 _PLUS_ONE = ".plus_one"
+_FLOAT16 = 10
 # Tables of the rotary embedding, which the builder computes from the config.
-_ROTARY = re.compile(r"(cos|sin)_cache")
+_ROTARY = re.compile(r"(cos|sin)_cache(_global|_local)?$")
 _LAYER = re.compile(r"(?:^|[./])(?:layers|h|blocks)\.(\d+)(?=[./]|$)")
 
 
 @dataclass(frozen=True)
 class _Found:
-    """Rows of one or several layers as one tensor holds them."""
+    """Rows of one or several layers as one tensor holds them, and the product or look-up that they were found in."""
 
     label: str
     weight: QuantizedWeight | DenseWeight
     element_type: str
+    entry: Entry
 
 
 class OnnxReader:
@@ -49,6 +52,9 @@ class OnnxReader:
 
     def __init__(self, graph: OnnxGraph) -> None:
         self.graph = graph
+        # What `weights` came across: products and look-ups, and names of norms and biases.
+        self._entries: list[Entry] = []
+        self._norms: set[str] = set()
 
     @classmethod
     def open(cls, folder: Path) -> OnnxReader:
@@ -63,21 +69,50 @@ class OnnxReader:
             for label, read in self._matrices(node):
                 places.setdefault(label, []).append(node.name)
                 readers.setdefault(label, []).append(read)
+        self._entries.clear()
         for label, (read, *others) in readers.items():
             found = read()
-            # A quantised table that is looked up and multiplied with must be the same weight in both uses.
-            if isinstance(found.weight, QuantizedWeight) and not all(_same(found, other()) for other in others):
+            uses = [found, *(other() for other in others)]
+            # A table that is looked up and multiplied with must be the same weight in both uses.
+            if not all(_same(found, use) for use in uses):
                 raise VerificationError("a weight is used in two different ways", where=label)
+            self._entries.extend(use.entry for use in uses)
             yield from _split(found, tuple(places[label]), shapes)
+        self._norms.clear()
         for name in self.graph.tensors:
             values = self._small(name)
             if values is not None:
                 users = tuple(node.name for node in self.graph.users.get(name, ()))
                 if not users:
                     raise VerificationError("weight is not used", where=name)
+                self._norms.add(name)
                 yield from _split_small(name, values, users, shapes)
-        # Last, because what is wrong with a weight says more than what is wrong with the graph around it.
-        self.graph.check()
+
+    def around(self) -> dict[str, Any]:
+        """See `GraphReader.around`: a digest of what is no weight, and the accuracy levels of MatMulNBits."""
+        graph = self.graph
+        graph.check()
+        products = {entry["out"][0]: entry for entry in self._entries}
+        taken = {value for entry in self._entries for value in entry["out"]} | graph.spent
+        rest = []
+        for node in graph.nodes:
+            if set(node.output) <= taken:
+                continue
+            joined = _joined(node, products)
+            rest.append(joined or node_entry(node))
+        parts = {value for entry in rest if entry["op"] == "product" for value in entry.pop("parts")}
+        entries = [entry for entry in self._entries if entry["out"][0] not in parts] + rest
+        own = [name for name in graph.tensors if name not in graph.spent and name not in self._norms]
+        return {
+            "graph_sha256": structure_digest(graph.model.graph, entries, {name: graph.digest_of(name) for name in own}),
+            "accuracy_levels": sorted(
+                {
+                    next((attribute.i for attribute in node.attribute if attribute.name == "accuracy_level"), 0)
+                    for node in graph.nodes
+                    if node.op_type == "MatMulNBits"
+                }
+            ),
+        }
 
     def unnamed_matrices(self, named: set[str]) -> list[str]:
         """See `GraphReader.unnamed_matrices`."""
@@ -129,22 +164,35 @@ class OnnxReader:
             if name.endswith(".codes"):
                 yield name.removesuffix(".codes"), lambda: self._looked_up(node)
             elif not _ROTARY.match(name):
-                yield name, lambda: self._dense(name)
+                yield name, lambda: self._plain_look_up(node)
 
-    def _dense(self, constant: str) -> _Found:
+    def _dense(self, constant: str, entry: Entry) -> _Found:
         values = self.graph.values(constant)
+        self.graph.spent.add(constant)
         kinds = {"float16": "f16", "float32": "f32"}
         if values.dtype.name not in kinds:
             raise VerificationError("a weight is of an unknown type", where=constant, found=values.dtype.name)
-        return _Found(constant, DenseWeight(values), kinds[values.dtype.name])
+        return _Found(constant, DenseWeight(values), kinds[values.dtype.name], entry)
+
+    def _plain_look_up(self, node: Any) -> _Found:
+        """Gather(table), and for a table in float16 a Cast of what was looked up."""
+        y = node.output[0]
+        _check_axis(node, 0)
+        if self.graph.tensors[node.input[0]].data_type == _FLOAT16:
+            self.graph.spent.add(y)
+            y = self.graph.producer(self.graph.only_user(y, "Cast").output[0], "Cast").output[0]
+        return self._dense(node.input[0], look_up_entry(node.name, node.input[1], y, _modules(node.input[0])[0]))
 
     def _multiplied(self, node: Any, constant: str) -> _Found:
         """MatMul(x, Transpose(Cast(weight))): one Transpose, or a square weight would pass the wrong way round."""
         if not self.graph.is_transposed(node.input[1]):
             raise VerificationError("a weight is multiplied without being transposed", where=constant)
-        if self.graph.behind(self.graph.producers[node.input[1]].input[0], ("Cast",)) != constant:
+        if self.graph.behind(self.graph.producer(node.input[1], "Transpose").input[0], ("Cast",)) != constant:
             raise VerificationError("a weight is computed by something else", where=constant)
-        return self._dense(constant)
+        return self._dense(constant, self._product(node, constant, node.input[0]))
+
+    def _product(self, node: Any, label: str, x: str) -> Entry:
+        return product_entry(node.name, x, node.output[0], _modules(label))
 
     def _nbits(self, node: Any) -> _Found:
         """MatMulNBits, as ONNX Runtime's contrib operators define it."""
@@ -167,7 +215,7 @@ class OnnxReader:
                 raise VerificationError("zero-points have more values than groups", where=label)
             zero_points = np.ascontiguousarray(wide[:, :groups])
         scales = self._shaped(self.graph.behind(names[2], ("Cast",)), (rows, groups))
-        return self._quantized(label, codes, scales, zero_points, block, bits, node.input[0])
+        return self._quantized(label, codes, scales, zero_points, block, bits, node)
 
     def _dequantized(self, node: Any) -> _Found:
         """MatMul with a weight that is dequantised by rows and transposed, or by columns."""
@@ -175,9 +223,10 @@ class OnnxReader:
         value = node.input[1]
         transposed = graph.is_transposed(value)
         if transposed:
-            value = graph.producers[value].input[0]
-            if graph.producers[value].op_type == "Reshape":
-                return self._computed(value, [-1], None)
+            value = graph.producer(value, "Transpose").input[0]
+            if value in graph.producers and graph.producers[value].op_type == "Reshape":
+                label, weight = self._computed(value, [-1], None)
+                return _Found(label, weight, "u8", self._product(node, label, node.input[0]))
         dequantize = graph.producer(value, "DequantizeLinear")
         attributes = {attribute.name: attribute.i for attribute in dequantize.attribute}
         label = graph.label(dequantize.input[0], ".codes")
@@ -194,16 +243,17 @@ class OnnxReader:
         scales = self._shaped(graph.behind(dequantize.input[1], ("Cast",)), narrow)
         if not transposed:
             codes, points, scales = (np.ascontiguousarray(part.T) for part in (codes, points, scales))
-        return self._quantized(label, codes, scales, points, block, bits, node.input[0])
+        return self._quantized(label, codes, scales, points, block, bits, node)
 
     def _looked_up(self, node: Any) -> _Found:
         """A quantised table whose codes, zero-points and scales are looked up by the same indices."""
         value, graph = node.output[0], self.graph
         for kind in ("Cast", "Reshape", "Sub", "Mul", "Reshape"):
             value = graph.only_user(value, kind).output[0]
-        return self._computed(value, [0, 0], node.input[1])
+        label, weight = self._computed(value, [0, 0], node.input[1])
+        return _Found(label, weight, "u8", look_up_entry(node.name, node.input[1], value, _modules(label)[0]))
 
-    def _computed(self, value: str, lead: list[int], indices: str | None) -> _Found:
+    def _computed(self, value: str, lead: list[int], indices: str | None) -> tuple[str, QuantizedWeight]:
         """Reshape((Reshape(Cast(codes)) - Reshape(Cast(zero_points))) * Reshape(Cast(scales))), followed from its end.
 
         Args:
@@ -216,13 +266,16 @@ class OnnxReader:
         multiply = graph.producer(final.input[0], "Mul")
         subtract = graph.producer(multiply.input[0], "Sub")
         tables, shapes = [], [graph.values(final.input[1]).tolist()]
+        graph.spent.add(final.input[1])
         for part, cast in ((subtract.input[0], True), (subtract.input[1], True), (multiply.input[1], False)):
             reshape = graph.producer(part, "Reshape")
             shapes.append(graph.values(reshape.input[1]).tolist())
+            graph.spent.add(reshape.input[1])
             source = graph.producer(reshape.input[0], "Cast").input[0] if cast else reshape.input[0]
             if indices is not None:
                 gather = graph.producer(source, "Gather")
-                if gather.input[1] != indices or any(a.name == "axis" and a.i != 0 for a in gather.attribute):
+                _check_axis(gather, 0)
+                if gather.input[1] != indices:
                     raise VerificationError("parts of a quantised table are looked up differently", where=gather.name)
                 source = gather.input[0]
             tables.append(graph.behind(source, ("Cast",)))
@@ -239,32 +292,26 @@ class OnnxReader:
         if codes.dtype != np.uint8 or points.dtype != np.uint8 or graph.bits(tables[0]) != 8:
             raise VerificationError("a quantised table is not of 8-bit codes", where=label)
         _check_finite(scales, label)
-        return _Found(label, QuantizedWeight(codes, scales, points, block, 8), "u8")
+        return label, QuantizedWeight(codes, scales, points, block, 8)
 
     def _quantized(
-        self, label: str, codes: U8, scales: Array, zero_points: U8 | None, block: int, bits: int, x: str
+        self, label: str, codes: U8, scales: Array, zero_points: U8 | None, block: int, bits: int, node: Any
     ) -> _Found:
         middle = np.full(scales.shape, 2 ** (bits - 1), np.uint8)
         _check_finite(scales, label)
-        weight = QuantizedWeight(
-            codes,
-            np.array(scales),
-            middle if zero_points is None else zero_points,
-            block,
-            bits,
-            input_order=self._order(x, label),
-        )
-        return _Found(label, without_filling(weight, label), f"u{bits}")
+        x, order = self._order(node.input[0], label)
+        points = middle if zero_points is None else zero_points
+        weight = QuantizedWeight(codes, np.array(scales), points, block, bits, input_order=order)
+        return _Found(label, without_filling(weight, label), f"u{bits}", self._product(node, label, x))
 
-    def _order(self, x: str, label: str) -> Any:
-        """The act-order permutation in front of a layer, or None."""
-        node = self.graph.producers.get(x)
-        if node is None or node.op_type != "Gather" or node.input[1] != f"{label}.input_order":
-            return None
-        axis = {attribute.name: attribute.i for attribute in node.attribute}.get("axis", 0)
-        if axis != -1:
-            raise VerificationError("act-order permutes another axis than the columns", where=label, found=axis)
-        return np.array(self.graph.values(node.input[1]))
+    def _order(self, x: str, label: str) -> tuple[str, Any]:
+        """What a layer reads before its act-order permutation, and the permutation, if there is one."""
+        gather = self.graph.producers.get(x)
+        if gather is None or gather.op_type != "Gather" or gather.input[1] != f"{label}.input_order":
+            return x, None
+        _check_axis(gather, -1)
+        self.graph.spent.update((x, gather.input[1]))
+        return gather.input[0], np.array(self.graph.values(gather.input[1]))
 
     def _shaped(self, name: str, shape: tuple[int, ...]) -> Any:
         """A constant's values, which must have a shape.
@@ -273,6 +320,7 @@ class OnnxReader:
             VerificationError: they have another one.
         """
         values = self.graph.values(name)
+        self.graph.spent.add(name)
         if values.shape != shape:
             raise VerificationError("constant has the wrong shape", where=name, expected=shape, found=values.shape)
         return values
@@ -330,14 +378,43 @@ def _split_small(label: str, values: Array, places: tuple[str, ...], shapes: Sha
 
 
 def _same(one: _Found, other: _Found) -> bool:
-    return (
-        isinstance(one.weight, QuantizedWeight)
-        and isinstance(other.weight, QuantizedWeight)
-        and all(
-            np.array_equal(getattr(one.weight, part), getattr(other.weight, part))
-            for part in ("codes", "zero_points", "scales", "input_order")
-        )
+    if isinstance(one.weight, DenseWeight) or isinstance(other.weight, DenseWeight):
+        return one.label == other.label and type(one.weight) is type(other.weight)
+    return all(
+        np.array_equal(getattr(one.weight, part), getattr(other.weight, part))
+        for part in ("codes", "zero_points", "scales", "input_order")
     )
+
+
+def _modules(label: str) -> list[str]:
+    """The layers whose rows a tensor holds, by its label."""
+    return [part.removesuffix(".weight") for part in label.split("+")]
+
+
+def _joined(node: Any, products: Mapping[str, Entry]) -> Entry | None:
+    """One product, where a node joins the results of several in the order of their layers; else None."""
+    parts = [products.get(value) for value in node.input]
+    name = node.name.removesuffix("/Concat")
+    axis = [attribute.i for attribute in node.attribute if attribute.name == "axis"]
+    if node.op_type != "Concat" or name == node.name or axis != [-1] or not all(parts):
+        return None
+    found = [part for part in parts if part is not None]
+    if any(part["name"] != f"{name}/{part['of'][0]}" or part["in"] != found[0]["in"] for part in found):
+        return None
+    entry = product_entry(name, found[0]["in"][0], node.output[0], [module for part in found for module in part["of"]])
+    return {**entry, "parts": list(node.input)}
+
+
+def _check_axis(gather: Any, axis: int) -> None:
+    """A Gather takes its first axis unless it says otherwise.
+
+    Raises:
+        VerificationError: it takes another one.
+    """
+    found = next((attribute.i for attribute in gather.attribute if attribute.name == "axis"), 0)
+    if found != axis:
+        what = "act-order permutes another axis than the columns" if axis == -1 else "a table is looked up otherwise"
+        raise VerificationError(what, where=gather.name, found=found)
 
 
 def _check_finite(scales: Array, label: str) -> None:

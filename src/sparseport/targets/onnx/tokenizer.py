@@ -73,7 +73,10 @@ def _chat_notes(original: Any, tokenizer: Any) -> list[str]:
     """A sentence if the tokenizer has a chat template that the two fill in differently."""
     if not original.chat_template:
         return []
-    wanted = original.apply_chat_template(list(MESSAGES), tokenize=False, add_generation_prompt=True)
+    try:
+        wanted = original.apply_chat_template(list(MESSAGES), tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template that wants other roles, or one of several to be named
+        return [f"the chat template could not be compared: transformers says {str(error)[:80]!r}"]
     try:
         found = tokenizer.apply_chat_template(json.dumps(MESSAGES), add_generation_prompt=True)
     except Exception as error:  # a template engine of its own, which knows less than Jinja

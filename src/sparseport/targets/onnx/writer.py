@@ -16,10 +16,10 @@ from sparseport.targets.onnx.builder import SKELETON
 from sparseport.targets.onnx.folder import token_ids, write_genai_config
 from sparseport.targets.onnx.graph import Written, write_model
 from sparseport.targets.onnx.products import EXACT_LEVEL, FAST_LEVEL
-from sparseport.targets.onnx.store import Layout, OnnxStore, Stored
+from sparseport.targets.onnx.store import Layout, OnnxStore, Stored, StoredNBits
 from sparseport.targets.writer import f16_or_f32, without_place
 from sparseport.weights.digest import digest, value_digest
-from sparseport.weights.layouts import GroupLayout, in_layout, matmulnbits_layout
+from sparseport.weights.layouts import MATMULNBITS_BLOCKS, PORTABLE_BLOCKS, GroupLayout, in_layout, matmulnbits_layout
 from sparseport.weights.linear import Array, DenseWeight, QuantizedWeight
 from sparseport.weights.rounding import choose_qparams_minmax, error_in_steps, quantize_to_grid
 
@@ -60,18 +60,17 @@ class OnnxWriter:
 
         Raises:
             BadInput: a small tensor is not finite, or the model names no end token.
-            Unsupported: ONNX Runtime's attention cannot compute the model's head size.
         """
         self.folder = folder
         self.scratch = scratch
         self.versions: dict[str, str] = {}
         self.left_out: list[str] = []
         self.notes: list[str] = []
+        self.around: dict[str, Any] = {}
         self._settings, self._embedding = settings, embedding
         self._small = {name: f16_or_f32(values, name) for name, values in small.items()}
         write_config(config, folder)
         write_generation_config(base, config, folder)
-        _check_attention(config, settings, base.name)
         self._ids = token_ids(folder, base.name)
         if tokenizer:
             copy_tokenizer_files(base, folder)
@@ -109,7 +108,7 @@ class OnnxWriter:
         if self._embedding != "int8":
             self._stored[module] = self._store.add_dense(name, values)
             return {}
-        weight = quantize_rows(values, matmulnbits_layout(values.shape[1], name).part)
+        weight = quantize_rows(values, _table_group(values.shape[1], self._settings, name))
         self._stored[module] = self._store.add_quantized(name, weight)
         largest, mean = error_in_steps(weight, values)
         return {
@@ -131,6 +130,7 @@ class OnnxWriter:
         self._written = write_model(
             built / SKELETON, self.folder, answer, self._stored, self._small, self._store, level
         )
+        self.around = {"graph_sha256": self._written.graph_sha256, "accuracy_levels": self._levels(level)}
         write_genai_config(
             built,
             self.folder,
@@ -138,6 +138,16 @@ class OnnxWriter:
             shared_cache=self._settings.format == "nbits",
             fold=self._store.layout is Layout.ROWS,
         )
+
+    def _levels(self, level: int) -> list[int]:
+        """The accuracy levels that the graph has to ask for: one, if any layer is a MatMulNBits."""
+        fast = level == FAST_LEVEL
+        kernels = [
+            part
+            for part in self._stored.values()
+            if isinstance(part, StoredNBits) and part.layout is Layout.NBITS and (part.bits == 4 or fast)
+        ]
+        return [level] if kernels else []
 
     def certified(self) -> dict[str, dict[str, Any]]:
         """Where the graph uses each matrix, as the builder laid it out, and which norms are stored plus 1."""
@@ -151,6 +161,25 @@ class OnnxWriter:
                 "value_sha256": value_digest(self._small[name].astype(np.float32) + np.float32(1)),
             }
         return facts
+
+
+def _table_group(columns: int, settings: OnnxRecipe, name: str) -> int:
+    """Columns per group of a table in 8 bits: the most that a row can be divided into without being filled up.
+
+    Raises:
+        Unsupported: there is no such number.
+    """
+    layout = matmulnbits_layout(columns, name, PORTABLE_BLOCKS if settings.portable else MATMULNBITS_BLOCKS)
+    if layout.block != layout.part:
+        raise Unsupported(
+            "an embedding of this width cannot be stored in 8 bits",
+            where=name,
+            expected="a multiple of 16, or of 32 with --onnx-portable",
+            found=columns,
+            fix="give --embedding fp16",
+            code="E_GROUP",
+        )
+    return layout.part
 
 
 def quantize_rows(values: Array, group_size: int) -> QuantizedWeight:
@@ -167,25 +196,6 @@ def quantize_rows(values: Array, group_size: int) -> QuantizedWeight:
         parts.append((quantize_to_grid(rows, scales, zero_points, group_size, bits=8), scales, zero_points))
     codes, scales, zero_points = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     return QuantizedWeight(codes, scales, zero_points, group_size, bits=8)
-
-
-def _check_attention(config: dict[str, Any], settings: OnnxRecipe, where: str) -> None:
-    """GroupQueryAttention takes head sizes that are multiples of 8, and would say so only when it runs.
-
-    Raises:
-        Unsupported: the model has another one.
-    """
-    size = config.get("head_dim")
-    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
-    if size is None and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
-        size = hidden // heads
-    if settings.format == "nbits" and isinstance(size, int) and size % 8:
-        raise Unsupported(
-            "ONNX Runtime's GroupQueryAttention needs a head size that is a multiple of 8",
-            where=where,
-            found=size,
-            fix="use `--onnx-format qdq`, whose attention is made of standard operators",
-        )
 
 
 def _layout(settings: OnnxRecipe) -> Layout:

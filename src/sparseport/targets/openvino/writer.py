@@ -53,6 +53,7 @@ class OpenVinoWriter:
         self.versions: dict[str, str] = {}
         self.left_out: list[str] = []
         self.notes: list[str] = []
+        self.around: dict[str, Any] = {}
         self._small = dict(small)
         self._dtype = dtype
         write_config(config, folder)
