@@ -62,9 +62,15 @@ formats: $(READY) ## write the tables of docs/formats.md anew, from the tests th
 second-opinion: $(READY) ## the third-party tools' files and their own dequantisation; gigabytes of environments
 	$(BIN)/python benchmarks/second_opinion.py
 
-bench: $(READY) ## run the comparisons in benchmarks/
+bench: $(READY) ## run the comparisons in benchmarks/, on the finished demo
+	test -d demo/onnx || $(BIN)/sparseport export --target onnx --base demo/int4 --sparse-base demo/sparse \
+		--adapter demo/adapter --sub-adapter heuristic --output demo/onnx
+	test -d demo/both || $(BIN)/sparseport export --target openvino --target onnx --base demo/int4 \
+		--sparse-base demo/sparse --adapter demo/adapter --sub-adapter heuristic --output demo/both
 	$(BIN)/python benchmarks/fidelity.py
 	$(BIN)/python benchmarks/export_cost.py
+	$(BIN)/python benchmarks/onnx_speed.py
+	$(BIN)/python benchmarks/same_tokens.py --folder demo/both
 
 clean: ## remove caches and build output; .venv stays
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/sparseport.egg-info

@@ -2,9 +2,9 @@
 
     python benchmarks/export_cost.py --work-dir demo --rounds 3
 
-Ours starts from the INT4 base, the sparse base and the adapter, and merges them; optimum-cli starts from the merged
-model, saved dequantised: in float32, which holds it exactly, and in float16, which does not but is half the size. It
-compresses the embedding to INT8 as well, which ours leaves in float16 here. Rounds are interleaved. Memory is the peak
+Ours starts from the INT4 base, the sparse base and the adapter, and merges them; the stock tools start from the merged
+model, saved dequantised: in float32, which holds it exactly, and in float16, which does not but is half the size. They
+compress the embedding as well, which ours leaves in float16 here. Rounds are interleaved. Memory is the peak
 over time of the sum over the process tree of proportional set sizes (shared pages counted once), sampled every 50 ms.
 """
 
@@ -60,9 +60,21 @@ def main() -> None:
             "--output",
             str(scratch / "ours"),
         ]
+        builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(scratch / "merged")]
+        builder += ["-o", str(scratch / "stock"), "-c", str(scratch / "cache"), "-p", "int4", "-e", "cpu"]
+        onnx = ["--target", "onnx"]
         commands = {
             "sparseport export --no-numerics": [*ours, "--no-numerics"],
             "sparseport export (with logit check)": ours,
+            "sparseport export --target onnx --no-numerics": [*ours, *onnx, "--no-numerics"],
+            "sparseport export --target openvino --target onnx --no-numerics": [
+                *ours,
+                *onnx,
+                "--target",
+                "openvino",
+                "--no-numerics",
+            ],
+            "onnxruntime-genai model builder int4, from float32": builder,
             "optimum-cli int4 g64, from float16": common.optimum_export(scratch / "merged16", scratch / "stock"),
             "optimum-cli int4 g64, from float32": common.optimum_export(scratch / "merged", scratch / "stock"),
         }

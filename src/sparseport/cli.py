@@ -85,7 +85,7 @@ def _fail(error: SparseportError, as_json: bool) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sparseport",
-        description="Carry sparse and INT4 fine-tuned language models to OpenVINO, bit for bit, with proof.",
+        description="Carry sparse and INT4 fine-tuned language models to OpenVINO and ONNX Runtime, with proof.",
     )
     parser.add_argument("--version", action="version", version=f"sparseport {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
