@@ -88,7 +88,7 @@ def main() -> None:
         def openvino(folder: Path) -> dict[str, Any]:
             return {**changes(merged, _read_openvino(folder)), **_run_openvino(folder, tokens, reference, items)}
 
-        add("sparseport", openvino(options.work_dir / "openvino"))
+        add("sparseport, OpenVINO", openvino(options.work_dir / "openvino"))
         common.run(common.optimum_export(scratch / "merged", scratch / "naive"))
         add("dequantise, optimum-cli INT4", openvino(scratch / "naive"))
         revived = peft_merge(recipe, scratch / "peft", tokenizer)
