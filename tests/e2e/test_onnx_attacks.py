@@ -184,6 +184,10 @@ def output_renamed(model: Any) -> None:
     first.name, second.name = second.name, first.name
 
 
+def another_opset(model: Any) -> None:
+    next(opset for opset in model.opset_import if not opset.domain).version -= 1
+
+
 ATTACKS: list[tuple[str, Callable[[Any], None]]] = [
     *(
         ("nbits", change)
@@ -204,6 +208,7 @@ ATTACKS: list[tuple[str, Callable[[Any], None]]] = [
             window_of_attention,
             other_tokens,
             output_renamed,
+            another_opset,
         )
     ),
     *(("rows", change) for change in (head_transposed_twice, norms_exchanged, rotary_table_zeroed, output_renamed)),

@@ -149,6 +149,11 @@ def test_qdq_needs_no_operators_but_onnxs_own(accuracy: str, tiny_int4: Path, tm
     assert sum(node.op_type == "DequantizeLinear" for node in model.graph.node) >= 10
     onnx.checker.check_model(str(result.folder / "model.onnx"))
     assert verify(result.folder).differences == []
+    config = json.loads((result.folder / "genai_config.json").read_text())
+    # Exact layers are widened once, when the folder is loaded; fast ones have to stay what ONNX Runtime fuses.
+    entry = config["model"]["decoder"]["session_options"].get("session.disable_quant_qdq")
+    assert entry == ("1" if accuracy == "exact" else None)
+    assert config["search"]["past_present_share_buffer"] is False
     numerics = result.certificate.body["numerics"]
     assert float(numerics["full_precision"]["judged_max_abs"]) < 1e-3
     # By columns ONNX Runtime fuses the layers and rounds activations; by rows it computes what is written.
@@ -369,3 +374,43 @@ def test_the_models_own_sampling_is_kept(tiny_base: Path, tmp_path: Path) -> Non
     assert {key: search[key] for key in own if key != "eos_token_id"} == {
         k: v for k, v in own.items() if "eos" not in k
     }
+
+
+def test_a_portable_folder_with_an_embedding_in_8_bits(tiny_int4: Path, tmp_path: Path) -> None:
+    numerics = _export(tmp_path, base=tiny_int4, embedding="int8", onnx={"portable": True}).certificate.body["numerics"]
+    assert float(numerics["openvino_full_precision"]["judged_max_abs"]) < 1e-3
+
+
+def test_groups_of_a_table_in_8_bits() -> None:
+    from sparseport.recipe import OnnxRecipe
+    from sparseport.targets.onnx.writer import _table_group
+
+    plain, portable = OnnxRecipe(), OnnxRecipe(portable=True)
+    assert [_table_group(width, plain, "e") for width in (576, 2048, 48)] == [64, 256, 16]
+    assert [_table_group(width, portable, "e") for width in (576, 2048)] == [64, 128]
+    with pytest.raises(Unsupported, match="cannot be stored in 8 bits") as caught:
+        _table_group(200, plain, "e")
+    assert caught.value.code == "E_GROUP" and "--embedding fp16" in str(caught.value)
+
+
+def test_no_path_of_an_input_is_in_the_certificate(tiny_qa_inputs: dict[str, Any], tmp_path: Path) -> None:
+    space = tmp_path / "my-space.json"
+    own = next(
+        path for path in Path(tiny_qa_inputs["adapter"]).iterdir() if "elastic" in path.name or "space" in path.name
+    )
+    shutil.copyfile(own, space)
+    folder = _export(tmp_path, **tiny_qa_inputs, search_space=space, numerics=False).folder
+    text = (folder / "sparseport.json").read_text()
+    assert "my-space" not in text and str(tmp_path) not in text
+
+
+def test_a_certificate_that_claims_other_weights_than_it_read(tiny_both: Any, tmp_path: Path) -> None:
+    """Sealed anew, with the weights of the graph and the digest of others beside them."""
+    folder = tmp_path / "onnx"
+    shutil.copytree(tiny_both[0].output / "onnx", folder)
+    body = json.loads((folder / "sparseport.json").read_text())
+    body.pop("certificate_sha256"), body.pop("proof_sha256")
+    module = next(iter(body["linears"]))
+    body["linears"][module]["weight_sha256"] = "0" * 64
+    Certificate(body).write(folder)
+    assert verify(folder).differences == [f"sparseport.json: weight {module} was not read back as it was merged"]

@@ -136,7 +136,7 @@ def _structure(
         for tensor in plain.graph.initializer
         if tensor.name not in weights
     }
-    return structure_digest(plain.graph, entries, constants)
+    return structure_digest(plain, entries, constants)
 
 
 def _modules(answer: Mapping[str, Any], node: str, stored: Mapping[str, Stored]) -> list[str] | None:

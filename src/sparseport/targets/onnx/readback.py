@@ -104,7 +104,7 @@ class OnnxReader:
         entries = [entry for entry in self._entries if entry["out"][0] not in parts] + rest
         own = [name for name in graph.tensors if name not in graph.spent and name not in self._norms]
         return {
-            "graph_sha256": structure_digest(graph.model.graph, entries, {name: graph.digest_of(name) for name in own}),
+            "graph_sha256": structure_digest(graph.model, entries, {name: graph.digest_of(name) for name in own}),
             "accuracy_levels": sorted(
                 {
                     next((attribute.i for attribute in node.attribute if attribute.name == "accuracy_level"), 0)

@@ -45,14 +45,15 @@ def constant_digest(data_type: int, shape: Sequence[int], data: bytes) -> str:
     return hashlib.sha256(header + data).hexdigest()
 
 
-def structure_digest(graph: Any, entries: Iterable[Entry], constants: Mapping[str, str]) -> str:
-    """SHA-256 (hex) of inputs and outputs of a `GraphProto`, its entries, and its constants' digests."""
+def structure_digest(model: Any, entries: Iterable[Entry], constants: Mapping[str, str]) -> str:
+    """SHA-256 (hex) of a `ModelProto`'s operator sets, inputs and outputs, its entries and its constants' digests."""
     ports = [
         [side, value.name, value.type.SerializeToString(deterministic=True).hex()]
         for side in ("input", "output")
-        for value in getattr(graph, side)
+        for value in getattr(model.graph, side)
     ]
     data = {
+        "opsets": sorted([opset.domain, opset.version] for opset in model.opset_import),
         "ports": ports,
         "nodes": sorted(entries, key=lambda entry: (entry["out"], entry["name"])),
         "constants": dict(constants),
