@@ -7,6 +7,6 @@ Out, in the order of an export:
   graph           puts them into the graph; `products` makes the nodes, `data_file` the external data
   standard_*      for `qdq`: the graph again in operators of the ONNX standard
   folder          genai_config.json
-Back, with none of that code: `graph_file` parses, `readback` follows products to their weights. `structure` is what both
-sides share: the digest of a graph without its weights.
+Back, with none of that code: `graph_file` parses, `readback` follows products to their weights. `structure` is what
+both sides share: the digest of a graph without its weights.
 """
