@@ -112,6 +112,30 @@ def _shrink(model: PreTrainedModel, config: PretrainedConfig) -> None:
         layer.out_features, layer.in_features = rows, columns
 
 
+def key_value_heads(model: PreTrainedModel) -> list[int] | None:
+    """Key-value heads of each decoder block, if a sub-network cut some; None for an ordinary model."""
+    if not any(name.endswith(".k_proj") for name in smaller_shapes(model.config.to_dict())):
+        return None
+    return [heads for _, heads in attention_heads(model)]
+
+
+def attention_heads(model: PreTrainedModel) -> list[tuple[int, int]]:
+    """(query heads, key-value heads) of each decoder block, from the rows of its projections.
+
+    Raises:
+        Unsupported: the attention modules have no q_proj, k_proj and head_dim.
+    """
+    found = []
+    for name, module in model.named_modules():
+        query, key, size = (getattr(module, part, None) for part in ("q_proj", "k_proj", "head_dim"))
+        if query is None and key is None:
+            continue
+        if query is None or key is None or not isinstance(size, int):
+            raise Unsupported("cannot tell the heads of this attention module", where=name, found=type(module).__name__)
+        found.append((query.out_features // size, key.out_features // size))
+    return found
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep the tracer's warnings and the libraries' notes off the terminal."""
