@@ -224,12 +224,16 @@ def _run_builder(network: Any, source: Path, target: Path) -> tuple[Any, dict[st
 
 def _build_heads_layer_by_layer(model: Any, heads: list[tuple[int, int]]) -> None:
     """Give the builder the heads of each block while it makes that block; it knows one number for all."""
-    plain = model.make_layer
+    plain, names = model.make_layer, ("num_attn_heads", "num_kv_heads", "q_size", "kv_size")
+    whole = [getattr(model, name) for name in names]
 
-    def make_layer(layer_id: int, layer: Any) -> Any:
-        model.num_attn_heads, model.num_kv_heads = heads[layer_id]
-        model.q_size, model.kv_size = (number * model.head_size for number in heads[layer_id])
-        return plain(layer_id, layer)
+    def make_layer(layer_id: int, layer: Any) -> None:
+        own = heads[layer_id]
+        for name, value in zip(names, [*own, *(number * model.head_size for number in own)], strict=True):
+            setattr(model, name, value)
+        plain(layer_id, layer)
+        for name, value in zip(names, whole, strict=True):  # genai_config.json gets the whole model's
+            setattr(model, name, value)
 
     model.make_layer = make_layer
 
@@ -262,6 +266,8 @@ class _ConfigWithOldNames:
         if "full_attention" in rope and "sliding_attention" in rope:  # Gemma 3: two thetas
             config.rope_theta = rope["full_attention"]["rope_theta"]
             config.rope_local_base_freq = rope["sliding_attention"]["rope_theta"]
+            # The builder looks for the kind of scaling beside the two, where older versions have it.
+            config.rope_parameters = {"rope_type": rope["full_attention"]["rope_type"], **rope}
         if getattr(config, "sliding_window", None) and not getattr(config, "layer_types", None):  # Mistral
             config.layer_types = ["sliding_attention"] * config.num_hidden_layers
         if config.eos_token_id is None:
