@@ -1,7 +1,7 @@
 """Texts to tokens, the same for training and for every engine that is measured.
 
-Plain text is encoded as lm-evaluation-harness 0.4 does for causal models (its `_encode_pair` and `tok_encode`): context and
-continuation are encoded as one text, and the continuation is what that has more than the context alone.
+Plain text is encoded as lm-evaluation-harness 0.4 does for causal models (its `_encode_pair` and `tok_encode`): context
+and continuation are encoded as one text, and the continuation is what that has more than the context alone.
 """
 
 from __future__ import annotations
