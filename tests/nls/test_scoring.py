@@ -121,16 +121,21 @@ def test_scores_are_those_of_plain_forwards(model: Any) -> None:
         )
         for length, sizes in ((7, (3, 1)), (1, (2, 5)), (30, (4,)), (12, (1, 1, 1)))
     ]
-    model.train()  # the engine has to look after that, and to put it back
-    for group, scores in zip(groups, TorchEngine(model, batch=3).score(groups), strict=True):
+    scored = TorchEngine(model, batch=3).score(groups)
+    for group, scores in zip(groups, scored, strict=True):
         for tokens, score in zip(group.continuations, scores, strict=True):
             with torch.no_grad():
                 logits = model(torch.tensor([[*group.context, *tokens]])).logits[0, len(group.context) - 1 : -1]
             plain = score_of(logits.numpy(), tokens)
             assert score.loglikelihood == pytest.approx(plain.loglikelihood, abs=1e-4)
             assert score.greedy == plain.greedy
+
+
+def test_a_model_in_training_is_measured_without_dropout(tiny_base: Path, tokenizer: Any) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32, attention_dropout=0.5)
+    quiet = score_choices(TorchEngine(model.eval()), tokenizer, ITEMS)
+    assert score_choices(TorchEngine(model.train()), tokenizer, ITEMS).loglikelihoods == quiet.loglikelihoods
     assert model.training
-    model.eval()
 
 
 def test_a_greedy_continuation_is_called_so() -> None:
@@ -143,6 +148,12 @@ def test_the_first_of_equals_is_taken(model: Any, tokenizer: Any) -> None:
     outcome = score_choices(TorchEngine(model), tokenizer, [ITEMS[5]])
     assert outcome.loglikelihoods[0][0] == outcome.loglikelihoods[0][1]
     assert outcome.predictions["acc"] in [(0,), (2,)]
+
+
+def test_acc_norm_counts_characters_and_not_bytes(tokenizer: Any) -> None:
+    """Of equally likely choices the longest wins: five letters against four, which are eight bytes."""
+    outcome = score_choices(_Fixed(-10.0), tokenizer, [MultipleChoice("x", ("éééé", "abcde"), 1)])
+    assert outcome.predictions == {"acc": (0,), "acc_norm": (1,)}
 
 
 class _Fixed:
