@@ -16,6 +16,8 @@ from sparseport.checkpoints.elastic import (
     choose_ranks,
     open_search_space,
     read_search_space,
+    save_search_space,
+    select,
     write_search_space,
 )
 from sparseport.errors import BadInput, UsageError
@@ -128,7 +130,7 @@ def test_named_choices_of_ranks_and_widths(choice, width, ranks):
 
 @given(picks=st.lists(st.integers(0, 4), min_size=3, max_size=3))
 def test_list_of_numbers_names_groups_in_order(picks, tmp_path_factory):
-    sizes = [group.ranks[pick % len(group.ranks)] for group, pick in zip(WIDE.groups, picks, strict=True)]
+    sizes = [group.sizes[pick % len(group.sizes)] for group, pick in zip(WIDE.groups, picks, strict=True)]
     path = write(tmp_path_factory.getbasetemp() / "numbers.json", sizes)
     chosen = Selection(ranks={Q: sizes[0], K: sizes[0], UP: sizes[1]}, widths={UP: sizes[2]})
     assert choose(WIDE, path) == chosen
@@ -223,3 +225,68 @@ def test_bad_search_space(case, tmp_path):
     with pytest.raises(BadInput) as caught:
         read_search_space(path)
     assert str(path) in str(caught.value)
+
+
+OWN = [
+    ElasticGroup((Q, K), (32, 16)),
+    ElasticGroup((UP,), (1536, 1024), "width"),
+    ElasticGroup(("model.layers.0.self_attn",), (3, 2, 1), "heads"),
+    ElasticGroup(("model.layers.1",), (1, 0), "block"),
+]
+
+
+def test_a_space_of_our_own_is_written_and_read_again(tmp_path):
+    file = save_search_space(tmp_path, OWN)
+    assert file.name == "search_space.json"
+    assert json.loads(file.read_text()) == {
+        "sparseport_search_space": 1,
+        "groups": [
+            {"kind": "rank", "targets": [Q, K], "sizes": [32, 16]},
+            {"kind": "width", "targets": [UP], "sizes": [1536, 1024]},
+            {"kind": "heads", "targets": ["model.layers.0.self_attn"], "sizes": [3, 2, 1]},
+            {"kind": "block", "targets": ["model.layers.1"], "sizes": [1, 0]},
+        ],
+    }
+    assert open_search_space(file) == SearchSpace(tuple(OWN))
+    assert save_search_space(tmp_path, GROUPS).name == "elastic_adapter_config.json"
+
+
+def test_sizes_of_every_kind_become_a_selection():
+    space = SearchSpace(tuple(OWN))
+    whole = select(space, [32, 1536, 3, 1])
+    assert whole == Selection({Q: 32, K: 32}, {UP: 1536}, {"model.layers.0.self_attn": 3}) and not whole.removed
+    small = select(space, [16, 1024, 1, 0])
+    assert small == choose(space, "minimal")
+    assert small.heads == {"model.layers.0.self_attn": 1} and small.removed == {"model.layers.1"} and not small.whole
+    # The median of two sizes is the first: blocks stay, as a two-value space of ranks keeps its maximum.
+    assert choose(space, "heuristic").removed == frozenset()
+    with pytest.raises(BadInput, match=r"one of \[1, 0\]"):
+        select(space, [16, 1024, 1, 2])
+    with pytest.raises(BadInput, match="4 numbers"):
+        select(space, [16])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sparseport_search_space": 2},
+        {"groups": []},
+        {"groups": [{"kind": "depth", "targets": ["a"], "sizes": [1, 0]}]},
+        {"groups": [{"kind": "block", "targets": ["a"], "sizes": [2, 1]}]},
+        {"groups": [{"kind": "heads", "targets": ["a"], "sizes": [1, 2]}]},
+        {"groups": [{"kind": "width", "targets": [], "sizes": [2]}]},
+        {"groups": [{"kind": "width", "targets": ["a"], "sizes": [2], "more": 1}]},
+        {
+            "groups": [
+                {"kind": "width", "targets": ["a"], "sizes": [2]},
+                {"kind": "width", "targets": ["a"], "sizes": [2]},
+            ]
+        },
+        {"more": 1},
+    ],
+)
+def test_damaged_spaces_of_our_own_are_refused(tmp_path, change):
+    file = write(tmp_path / "search_space.json", {"sparseport_search_space": 1, "groups": [], **change})
+    with pytest.raises(BadInput) as caught:
+        open_search_space(file)
+    assert caught.value.code == "E_ELASTIC"

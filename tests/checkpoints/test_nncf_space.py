@@ -119,7 +119,7 @@ def test_flattened_order(groups, layers, tmp_path_factory):
                 (tuple(n.removeprefix("base_model.model.").removesuffix(".lora_A.default") for n in names), widths)
             )
     path = write(tmp_path_factory.mktemp("flat") / "nncf.json", config(nodes, sizes))
-    assert [(g.targets, list(g.ranks)) for g in open_search_space(path, layers=layers).groups] == flat
+    assert [(g.targets, list(g.sizes)) for g in open_search_space(path, layers=layers).groups] == flat
 
 
 @pytest.mark.parametrize("section", ["SQFT", "bootstrapNAS"])
@@ -355,7 +355,7 @@ def test_whatever_the_file_says(value, place, tmp_path_factory):
     path.write_text(json.dumps(whole))
     try:
         for group in open_search_space(path, layers=2).groups:
-            assert group.targets and group.ranks and group.kind in ("rank", "width")
+            assert group.targets and group.sizes and group.kind in ("rank", "width")
     except SparseportError as error:
         assert str(path) in str(error)
 

@@ -98,7 +98,7 @@ def test_loss_falls_and_files_are_read_by_the_exporter(
         assert (adapter.sparse_adapter, adapter.quantization_aware) == (method != "lora", qa)
         assert sorted(adapter.modules()) == sorted(name for name, _ in elastic_layers(model))
     groups = read_search_space(tmp_path / "adapter" / FILE_NAME)
-    assert groups == search_space(model, recipe) and len(groups) == 2 and groups[0].ranks == (8, 6, 4)
+    assert groups == search_space(model, recipe) and len(groups) == 2 and groups[0].sizes == (8, 6, 4)
     fields = {"base": tiny_int4, "sparse_base": tiny_sparse} if qa else {"base": base}
     export = make_recipe(
         {**fields, "adapter": tmp_path / "adapter", "output": tmp_path / "out", "sub_adapter": "heuristic"}

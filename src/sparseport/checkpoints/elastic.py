@@ -6,24 +6,33 @@ SQFT saves a list of groups: modules that share one rank, and the ranks they wer
 
 Shears, LoNAS and SQFT's first releases have an NNCF configuration (`nncf_space`); LoNAS has widths beside ranks there:
 how many rows of a layer are kept, always the first ones. Adapted modules in no group keep their full rank and width.
+
+What neither of the two can say (attention heads, whole decoder blocks) stands in a file of our own, search_space.json:
+
+    {"sparseport_search_space": 1, "groups": [{"kind": "block", "targets": ["model.layers.3"], "sizes": [1, 0]}, ...]}
+
+In every form a sub-network is a list of sizes, one per group.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from sparseport.checkpoints.json_files import read_json, write_json
 from sparseport.checkpoints.nncf_space import nncf_groups
-from sparseport.checkpoints.peft import PREFIX, SEARCH_SPACE_FILES
+from sparseport.checkpoints.peft import PREFIX
 from sparseport.errors import BadInput, UsageError
 
-FILE_NAME = SEARCH_SPACE_FILES[0]
+FILE_NAME = "elastic_adapter_config.json"
+OWN_FILE_NAME = "search_space.json"
+KINDS = ("rank", "width", "heads", "block")
 CHOICES = ("maximal", "heuristic", "minimal")
 _SUFFIXES = (".lora_A.default", ".lora_A")
 _MAX_BYTES = 16 << 20
+_OWN_KEY, _OWN_VERSION = "sparseport_search_space", 1
 
 
 @dataclass(frozen=True)
@@ -31,13 +40,16 @@ class ElasticGroup:
     """Modules that were trained with one shared size.
 
     targets  names of base modules (`model.layers.0.self_attn.q_proj`), each once
-    ranks    trained sizes in the order of the file: first = maximal, last = minimal
-    kind     "rank": the sizes are ranks of the modules' updates; "width": rows that are kept of the modules' weights,
-             and of their lora_B where they have one
+    sizes    trained sizes in the order of the file: first = maximal, last = minimal
+    kind     "rank": ranks of the modules' updates
+             "width": rows that are kept of the modules' weights, and of their lora_B where they have one
+             "heads": targets are attention modules (`model.layers.0.self_attn`); key-value heads that are kept, with
+                      the query heads that share them
+             "block": targets are decoder blocks (`model.layers.0`); 1 = kept, 0 = left out
     """
 
     targets: tuple[str, ...]
-    ranks: tuple[int, ...]
+    sizes: tuple[int, ...]
     kind: str = "rank"
 
 
@@ -53,14 +65,23 @@ class SearchSpace:
 
 @dataclass(frozen=True)
 class Selection:
-    """A chosen sub-adapter; modules that are not named keep what they have.
+    """A chosen sub-network; modules that are not named keep what they have.
 
-    ranks   base module -> rank of its update
-    widths  base module -> rows that are kept, counted from the first
+    ranks    base module -> rank of its update
+    widths   base module -> rows that are kept, counted from the first
+    heads    attention module -> key-value heads that are kept, counted from the first
+    removed  decoder blocks that are left out
     """
 
     ranks: dict[str, int] = field(default_factory=dict)
     widths: dict[str, int] = field(default_factory=dict)
+    heads: dict[str, int] = field(default_factory=dict)
+    removed: frozenset[str] = frozenset()
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing but ranks was chosen, so that the model keeps its shape."""
+        return not (self.widths or self.heads or self.removed)
 
 
 def open_search_space(path: Path | str, *, layers: int | None = None) -> SearchSpace:
@@ -78,6 +99,8 @@ def open_search_space(path: Path | str, *, layers: int | None = None) -> SearchS
     content = read_json(path, limit=_MAX_BYTES, what="search space", allow_list=True, loose=True)
     if isinstance(content, list):
         return SearchSpace(tuple(read_search_space(path)))
+    if _OWN_KEY in content:
+        return SearchSpace(_own_groups(content, path))
     seen: set[tuple[str, str]] = set()
     return SearchSpace(
         tuple(
@@ -106,17 +129,43 @@ def write_search_space(path: Path | str, groups: Sequence[ElasticGroup]) -> None
     """Write groups in the form that `read_search_space` and SQFT's scripts read.
 
     Raises:
-        UsageError: there is a width among them; the form has ranks only.
+        UsageError: not all of them are ranks; the form has nothing else.
     """
     if any(group.kind != "rank" for group in groups):
-        raise UsageError("elastic_adapter_config.json holds ranks only, and a group has widths", where=path)
+        raise UsageError(
+            "elastic_adapter_config.json holds ranks only, and a group has widths", where=path, fix="write_own_space"
+        )
     write_json(
         Path(path),
         [
-            {"target": [f"{PREFIX}{module}.lora_A" for module in group.targets], "search_space": list(group.ranks)}
+            {"target": [f"{PREFIX}{module}.lora_A" for module in group.targets], "search_space": list(group.sizes)}
             for group in groups
         ],
     )
+
+
+def write_own_space(path: Path | str, groups: Sequence[ElasticGroup]) -> None:
+    """Write groups of any kind in the form of our own (search_space.json)."""
+    entries = [{"kind": g.kind, "targets": list(g.targets), "sizes": list(g.sizes)} for g in groups]
+    write_json(Path(path), {_OWN_KEY: _OWN_VERSION, "groups": entries})
+
+
+def save_search_space(folder: Path, groups: Sequence[ElasticGroup]) -> Path:
+    """Write a search space beside an adapter: in SQFT's form if it has ranks only, else our own. Returns the file."""
+    if all(group.kind == "rank" for group in groups):
+        write_search_space(folder / FILE_NAME, groups)
+        return folder / FILE_NAME
+    write_own_space(folder / OWN_FILE_NAME, groups)
+    return folder / OWN_FILE_NAME
+
+
+def select(space: SearchSpace, sizes: Sequence[int], where: str = "sub-network") -> Selection:
+    """The sub-network of a list of sizes, one per group in the order of the space.
+
+    Raises:
+        BadInput: a wrong number of sizes, or one that was not trained; the message has the allowed values.
+    """
+    return _listed(Path(where), list(sizes), space)
 
 
 def choose(space: SearchSpace, choice: str | Path, *, trained: Mapping[str, int] | None = None) -> Selection:
@@ -142,7 +191,7 @@ def choose(space: SearchSpace, choice: str | Path, *, trained: Mapping[str, int]
         selection = _selection(
             space,
             [
-                group.ranks[{"maximal": 0, "heuristic": (len(group.ranks) - 1) // 2, "minimal": -1}[choice]]
+                group.sizes[{"maximal": 0, "heuristic": (len(group.sizes) - 1) // 2, "minimal": -1}[choice]]
                 for group in space.groups
             ],
         )
@@ -172,8 +221,14 @@ def choose_ranks(
 
 
 def _group(kind: str, modules: tuple[str, ...], sizes: object, where: str, seen: set[tuple[str, str]]) -> ElasticGroup:
-    label = "search_space" if kind == "rank" else "list of widths"
-    if not isinstance(sizes, list) or not sizes or any(type(size) is not int or size < 1 for size in sizes):
+    label = {"rank": "search_space", "width": "list of widths"}.get(kind, "sizes")
+    if kind == "block" and sizes != [1, 0]:
+        raise BadInput(
+            "a block is kept or left out", where=where, expected="sizes [1, 0]", found=repr(sizes)[:80],
+            code="E_ELASTIC",
+        )  # fmt: skip
+    lowest = 0 if kind == "block" else 1
+    if not isinstance(sizes, list) or not sizes or any(type(size) is not int or size < lowest for size in sizes):
         raise BadInput(
             f"{label} is no list of {kind}s",
             where=where,
@@ -202,15 +257,46 @@ def _group(kind: str, modules: tuple[str, ...], sizes: object, where: str, seen:
     return ElasticGroup(modules, tuple(sizes), kind)
 
 
+def _own_groups(content: Mapping[str, Any], path: Path) -> tuple[ElasticGroup, ...]:
+    entries = content.get("groups")
+    known = content.get(_OWN_KEY) == _OWN_VERSION and set(content) == {_OWN_KEY, "groups"}
+    if not known or not isinstance(entries, list) or not entries:
+        raise BadInput(
+            "not a search space of this version",
+            where=path,
+            expected=f'{{"{_OWN_KEY}": {_OWN_VERSION}, "groups": [...]}}',
+            found=", ".join(map(str, list(content)[:4])),
+            code="E_ELASTIC",
+        )
+    seen: set[tuple[str, str]] = set()
+    groups = []
+    for number, entry in enumerate(entries):
+        where = f"{path}, group {number}"
+        targets = entry.get("targets") if isinstance(entry, dict) else None
+        if not isinstance(entry, dict) or set(entry) != {"kind", "targets", "sizes"} or entry["kind"] not in KINDS:
+            raise BadInput(
+                "not a group",
+                where=where,
+                expected=f"kind ({', '.join(KINDS)}), targets and sizes",
+                found=repr(entry)[:80],
+                code="E_ELASTIC",
+            )
+        if not isinstance(targets, list) or not targets or not all(isinstance(t, str) and t for t in targets):
+            raise BadInput("targets is no list of names", where=where, found=repr(targets)[:80], code="E_ELASTIC")
+        groups.append(_group(entry["kind"], tuple(targets), entry["sizes"], where, seen))
+    return tuple(groups)
+
+
 def _selection(space: SearchSpace, sizes: Sequence[int]) -> Selection:
-    selection = Selection()
+    found: dict[str, dict[str, int]] = {kind: {} for kind in KINDS}
     for group, size in zip(space.groups, sizes, strict=True):
-        (selection.ranks if group.kind == "rank" else selection.widths).update(dict.fromkeys(group.targets, size))
-    return selection
+        found[group.kind].update(dict.fromkeys(group.targets, size))
+    removed = frozenset(block for block, kept in found["block"].items() if not kept)
+    return Selection(found["rank"], found["width"], found["heads"], removed)
 
 
 def _spaces(space: SearchSpace) -> dict[str, tuple[int, ...]]:
-    return {module: group.ranks for group in space.groups if group.kind == "rank" for module in group.targets}
+    return {module: group.sizes for group in space.groups if group.kind == "rank" for module in group.targets}
 
 
 def _within(selection: Selection, spaces: Mapping[str, tuple[int, ...]], trained: Mapping[str, int]) -> Selection:
@@ -219,7 +305,7 @@ def _within(selection: Selection, spaces: Mapping[str, tuple[int, ...]], trained
         module: trained[module] if trained.get(module, rank) < rank and trained[module] in spaces[module] else rank
         for module, rank in selection.ranks.items()
     }
-    return Selection(ranks, selection.widths)
+    return replace(selection, ranks=ranks)
 
 
 def _check_trained(
@@ -275,11 +361,11 @@ def _listed(path: Path, sizes: list[int], space: SearchSpace) -> Selection:
             code="E_ELASTIC",
         )
     for number, (group, size) in enumerate(zip(space.groups, sizes, strict=True)):
-        if size not in group.ranks:
+        if size not in group.sizes:
             raise BadInput(
                 f"{group.kind} is not in the search space",
                 where=f"{path}, number {number}, module {group.targets[0]}",
-                expected=f"one of {list(group.ranks)}",
+                expected=f"one of {list(group.sizes)}",
                 found=str(size)[:40],
                 code="E_ELASTIC",
             )

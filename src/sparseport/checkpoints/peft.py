@@ -36,8 +36,8 @@ from sparseport.errors import BadInput, FidelityError, Unsupported
 from sparseport.weights.linear import Array, LowRankBranch
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-# Where an elastic adapter's search space lies, beside the adapter: today's SQFT, and its first releases.
-SEARCH_SPACE_FILES = ("elastic_adapter_config.json", "nncf_config.json")
+# Files beside an adapter that hold its search space: our own (`elastic`), SQFT's, and that of its first releases.
+SEARCH_SPACE_FILES = ("search_space.json", "elastic_adapter_config.json", "nncf_config.json")
 PREFIX = "base_model.model."
 _SUFFIXES = {
     ".lora_A.weight": "A",

@@ -46,7 +46,7 @@ def inspect_adapter(path: Path, reading: Reading) -> Inspection:
     choices = ["maximal"]
     if space_file is not None:
         space = open_search_space(space_file, layers=_layers_of(ranks))
-        spaces = Counter(f"{group.kind} {list(group.ranks)}" for group in space.groups)
+        spaces = Counter(f"{group.kind} {list(group.sizes)}" for group in space.groups)
         found.facts["search space"] = ", ".join(f"{count} groups of {text}" for text, count in spaces.items())
         choices = list(CHOICES)
     found.keeps.append(

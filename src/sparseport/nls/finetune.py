@@ -133,7 +133,7 @@ def train(
             dice.shuffle(items)
             start = min(start, len(items) - recipe.batch_size) if len(items) >= recipe.batch_size else 0
         set_ranks(
-            model, {name: rank for group in groups for rank in [dice.choice(group.ranks)] for name in group.targets}
+            model, {name: rank for group in groups for rank in [dice.choice(group.sizes)] for name in group.targets}
         )
         loss = batch_loss(model, make_batch(tokenizer, items[start : start + recipe.batch_size]))
         value = float(loss.detach())

@@ -18,6 +18,7 @@ from sparseport.nls.finetune import load_for_training
 from sparseport.plan import make_plan
 from sparseport.recipe import FinetuneRecipe, Recipe
 from sparseport.sources import open_sources
+from sparseport.targets.empty_model import config_of, empty_model
 from sparseport.weights.linear import Array, QuantizedWeight
 from sparseport.weights.rounding import dequantize
 
@@ -25,7 +26,7 @@ from sparseport.weights.rounding import dequantize
 def load_dense(folder: Path) -> nn.Module:
     """A floating-point checkpoint in float32, ready to evaluate."""
     with ModelFolder.open(folder) as source:
-        return _filled(source, source.read)
+        return _filled(source.config, source.read)
 
 
 def load_int4(folder: Path) -> nn.Module:
@@ -39,22 +40,23 @@ def load_int4(folder: Path) -> nn.Module:
                 return dequantize(read_gptq_linear(source, module, config))
             return source.read(name)
 
-        return _filled(source, values)
+        return _filled(source.config, values)
 
 
 def load_merged(recipe: Recipe) -> nn.Module:
     """The model that an export recipe describes, dequantised to float32: the same merge, without writing files."""
     with open_sources(recipe) as sources:
-        planned = {layer.module: layer for layer in make_plan(recipe, sources).layers}
+        planned = {layer.name: layer for layer in make_plan(recipe, sources).layers}
+        small = sources.small_tensors()
 
         def values(name: str) -> Array:
             layer = planned.get(name.removesuffix(".weight"))
             if layer is None:
-                return sources.base.read(name)
+                return small[name] if name in small else sources.base.read(name)
             weight = merge_planned(recipe, sources, layer).weight
             return dequantize(weight) if isinstance(weight, QuantizedWeight) else weight.values
 
-        return _filled(sources.base, values)
+        return _filled(sources.written_config(), values)
 
 
 def code_differences(recipe: Recipe, finetune: FinetuneRecipe) -> dict[str, int]:
@@ -86,20 +88,13 @@ def code_differences(recipe: Recipe, finetune: FinetuneRecipe) -> dict[str, int]
     return {"codes": total, "different": different}
 
 
-def _filled(source: ModelFolder, values: Callable[[str], Array]) -> nn.Module:
-    """The Hugging Face model of a folder's config in float32, every parameter taken from `values`."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    settings = {key: value for key, value in source.config.items() if key != "quantization_config"}
-    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    # Nothing is initialised only to be overwritten: that takes longer than reading the weights.
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.to_empty(device="cpu")
+def _filled(settings: dict[str, Any], values: Callable[[str], Array]) -> nn.Module:
+    """The Hugging Face model of a config.json in float32, every parameter taken from `values`."""
+    model: Any = empty_model(config_of(settings, "config.json"), dtype="float32")
     model.tie_weights()
-    for name, parameter in model.named_parameters():
-        parameter.data.copy_(torch.from_numpy(values(name).astype(np.float32)))
-    for module in model.modules():
-        if any(name.endswith("inv_freq") for name in module._buffers):
-            module.__init__(config)  # rotary frequencies are computed, not stored
+    for name, parameter in list(model.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        filled = torch.from_numpy(values(name).astype(np.float32)).reshape(parameter.shape)
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(filled))
+    model.tie_weights()
     return model.eval()  # type: ignore[no-any-return]
