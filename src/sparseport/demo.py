@@ -342,7 +342,7 @@ def _measure(job: Job, base: Path, recipe: Recipe, exported: Path, progress: Pro
         ("fine-tuned and merged, torch", lambda: load_merged(recipe), None, merged_sparsity),
     ):
         model = load()
-        with progress.task(f"answering: {label}", -(-len(items) // 25)) as step:
+        with progress.task(f"answering: {label}", len(items)) as step:
             answers[label] = answers_torch(model, tokenizer, items, step)
         del model
         table.append(_row(label, accuracy(answers[label], items), folder, share))

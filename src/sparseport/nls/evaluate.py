@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ def answers_torch(
     model: nn.Module,
     tokenizer: Any,
     items: Sequence[Example],
-    on_batch: Callable[[], None] = lambda: None,
+    on_item: Callable[[], None] = lambda: None,
     *,
     max_new_tokens: int = MAX_NEW_TOKENS,
     stop: Sequence[str] = (),
@@ -34,7 +35,7 @@ def answers_torch(
         model: a causal language model of transformers.
         tokenizer: its tokenizer.
         items: prompts; those that are no chat are given as plain text.
-        on_batch: called after every 25 items or fewer.
+        on_item: called once for each item, when its batch of 25 is done.
         max_new_tokens: tokens that an answer may have.
         stop: texts at which an answer ends; they are no part of it.
     """
@@ -54,8 +55,9 @@ def answers_torch(
             eos_token_id=tokenizer.eos_token_id,
             **({"stop_strings": list(stop), "tokenizer": tokenizer} if stop else {}),
         )
-        answers.extend(cut(tokenizer.decode(row, skip_special_tokens=True), stop) for row in out[:, width:])
-        on_batch()
+        for row in out[:, width:]:
+            answers.append(cut(tokenizer.decode(row, skip_special_tokens=True), stop))
+            on_item()
     return answers
 
 
@@ -66,11 +68,15 @@ def answers_openvino(
     *,
     max_new_tokens: int = MAX_NEW_TOKENS,
     stop: Sequence[str] = (),
+    settings: Mapping[str, str] = MappingProxyType({}),
 ) -> list[str]:
-    """Greedy answers of an exported folder, through `openvino_genai.LLMPipeline` as an application would use it."""
+    """Greedy answers of an exported folder, through `openvino_genai.LLMPipeline` as an application would use it.
+
+    `settings` are properties of the runtime, as in `verify.runs.OPENVINO_FULL_PRECISION`.
+    """
     import openvino_genai
 
-    pipeline = openvino_genai.LLMPipeline(str(folder), "CPU")
+    pipeline = openvino_genai.LLMPipeline(str(folder), "CPU", **settings)
     config = openvino_genai.GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False)
     config.stop_strings = set(stop)
     config.set_eos_token_id(pipeline.get_tokenizer().get_eos_token_id())
