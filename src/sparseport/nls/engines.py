@@ -5,9 +5,9 @@ Each engine reads a context and then all of its continuations from there. torch 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -25,6 +25,9 @@ Precision = Literal["default", "full"]
 # Names of a config's longest input, in the order that lm-evaluation-harness looks for them, and its own default.
 _LENGTHS = ("n_positions", "max_position_embeddings", "n_ctx")
 _DEFAULT_LENGTH = 2048
+# Continuations that go through a torch model at once. They differ in length more than contexts do, and filling costs as
+# much as tokens; a call costs too, most of all where layers are merged in the forward pass.
+_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -62,10 +65,10 @@ class TorchEngine:
 
     Args:
         model: with `config` and a forward that returns `logits` and a cache.
-        batch: groups read at once; the order of the groups changes which, and so the last bits of a score.
+        batch: groups read at once; which ones are read together changes the last bits of a score.
     """
 
-    def __init__(self, model: nn.Module, batch: int = 8) -> None:
+    def __init__(self, model: nn.Module, batch: int = 32) -> None:
         self.model = model
         self.max_length = longest_input(model.config.to_dict())
         self.settings: Mapping[str, str] = {}
@@ -89,29 +92,46 @@ class TorchEngine:
 
     def _together(self, groups: list[Group]) -> list[list[Score]]:
         """Contexts without their last token, filled up on the left; then the rest, filled up on the right."""
-        device = next(self.model.parameters()).device
         # The last token of a context predicts the first of a continuation, so it belongs to what comes after the cache.
         contexts = [list(group.context[:-1]) for group in groups]
         width = max(map(len, contexts))
-        before = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in contexts], device=device)
-        owner = list(chain.from_iterable([index] * len(group.continuations) for index, group in enumerate(groups)))
-        rows = [[group.context[-1], *tokens] for group in groups for tokens in group.continuations]
+        read = self._tensor([[0] * (width - len(row)) + [1] * len(row) for row in contexts])
         cache = None
         if width:
-            ids = torch.tensor([[0] * (width - len(row)) + row for row in contexts], device=device)
-            positions = (before.cumsum(1) - 1).clamp(min=0)
-            read = self._forward(ids, before, positions, use_cache=True, logits_to_keep=1)
-            cache = read.past_key_values
-            cache.batch_select_indices(torch.tensor(owner, device=device))
-        longest = max(map(len, rows)) - 1
-        ids = torch.tensor([row[:-1] + [0] * (longest + 1 - len(row)) for row in rows], device=device)
-        after = torch.tensor([[1] * (len(row) - 1) + [0] * (longest + 1 - len(row)) for row in rows], device=device)
-        starts = torch.tensor([[len(contexts[index])] for index in owner], device=device)
-        positions = starts + torch.arange(longest, device=device)
-        mask = torch.cat([before[owner], after], dim=1)
-        logits = self._forward(ids, mask, positions, past_key_values=cache, use_cache=cache is not None).logits
-        found = iter([_score_torch(logits[index, : len(row) - 1].float(), row[1:]) for index, row in enumerate(rows)])
-        return [[next(found) for _ in group.continuations] for group in groups]
+            ids = self._tensor([[0] * (width - len(row)) + row for row in contexts])
+            positions = (read.cumsum(1) - 1).clamp(min=0)
+            cache = self._forward(ids, read, positions, use_cache=True, logits_to_keep=1).past_key_values
+        rows = [
+            (owner, number, [group.context[-1], *tokens])
+            for owner, group in enumerate(groups)
+            for number, tokens in enumerate(group.continuations)
+        ]
+        rows.sort(key=lambda row: len(row[2]))
+        scores: dict[tuple[int, int], Score] = {}
+        for start in range(0, len(rows), _ROWS):
+            chunk = rows[start : start + _ROWS]
+            logits = self._after(cache, read, [len(contexts[owner]) for owner, _, _ in chunk], chunk)
+            for (owner, number, row), found in zip(chunk, logits, strict=True):
+                scores[owner, number] = _score_torch(found[: len(row) - 1].float(), row[1:])
+        return [[scores[owner, number] for number in range(len(g.continuations))] for owner, g in enumerate(groups)]
+
+    def _after(self, cache: Any, read: Tensor, starts: list[int], rows: list[tuple[int, int, list[int]]]) -> Tensor:
+        """Logits [rows, longest - 1, vocabulary] of rows (owner, number, tokens) after what their owners have read."""
+        owners = self._tensor([owner for owner, _, _ in rows])
+        longest = max(len(tokens) for _, _, tokens in rows) - 1
+        ids = self._tensor([tokens[:-1] + [0] * (longest + 1 - len(tokens)) for _, _, tokens in rows])
+        own = self._tensor([[1] * (len(tokens) - 1) + [0] * (longest + 1 - len(tokens)) for _, _, tokens in rows])
+        positions = self._tensor(starts)[:, None] + torch.arange(longest, device=own.device)
+        if cache is not None:
+            cache = copy.deepcopy(cache)  # the next rows go on from it as well
+            cache.batch_select_indices(owners)
+        mask = torch.cat([read[owners], own], dim=1)
+        answer = self._forward(ids, mask, positions, past_key_values=cache, use_cache=cache is not None)
+        logits: Tensor = answer.logits
+        return logits
+
+    def _tensor(self, values: list[Any]) -> Tensor:
+        return torch.tensor(values, device=next(self.model.parameters()).device)
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, **options: Any) -> Any:
         return self.model(input_ids=ids, attention_mask=mask, position_ids=positions, **options)
