@@ -41,6 +41,7 @@ FLOORS = (
     {"compress"},
     {"inspection", "pipeline", "nls", "report"},
     {"bench", "integrations", "demo", "show"},
+    {"verbs"},
     {"cli", "doctor", "__main__"},
 )
 FLOOR_OF = {name: height for height, names in enumerate(FLOORS) for name in names}

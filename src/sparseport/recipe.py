@@ -145,7 +145,8 @@ class FinetuneRecipe(_Strict):
     """Neural low-rank adapter search (NLS) fine-tuning with SparsePEFT or QA-SparsePEFT."""
 
     method: Literal["lora", "sparse_peft", "qa_sparse_peft"] = "qa_sparse_peft"
-    task: str = Field("home-commands", description="a task that ships with the package, or a JSONL file")
+    task: str = Field("home-commands", description="home-commands, a task of a data set, or a JSONL file")
+    data: Path | None = Field(None, description="folder of the data sets, for their tasks (arc-easy, gsm8k, ...)")
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
     elastic_modules: tuple[str, ...] = Field(
         ("q_proj", "k_proj", "v_proj"), description="modules whose rank is elastic"

@@ -19,6 +19,7 @@ from sparseport.checkpoints.gptq import read_gptq_linear, read_quantization_conf
 from sparseport.checkpoints.peft import write_adapter
 from sparseport.errors import BadInput
 from sparseport.nls.elastic import ElasticLinear, elastic_layers, set_ranks
+from sparseport.nls.encoding import prompt_ids
 from sparseport.nls.linears import decoder_layers, layer_linears
 from sparseport.nls.tasks import Example, Task
 from sparseport.recipe import FinetuneRecipe
@@ -202,17 +203,6 @@ def _common_prefix(rows: list[list[int]]) -> int:
             break
         length += 1
     return length
-
-
-def chat_text(tokenizer: Any, prompt: str) -> str:
-    """A user's message through the model's own chat template, as a chat application would send it."""
-    message = [{"role": "user", "content": prompt}]
-    return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
-
-
-def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
-    """Token ids of `chat_text`."""
-    return list(tokenizer(chat_text(tokenizer, prompt), add_special_tokens=False)["input_ids"])
 
 
 def save_adapter(model: nn.Module, recipe: FinetuneRecipe, base_model_name: str, out_dir: Path) -> None:
