@@ -233,9 +233,8 @@ class SearchRecipe(_Strict):
                 raise ValueError(f"population is at most evaluations ({self.evaluations})")
         if (self.strategy == "rnsga2") != bool(self.reference_points):
             raise ValueError("rnsga2 needs reference_points: one or more lists with one value per objective")
-        if any(
-            len(point) != len(self.objectives) for point in (*self.reference_points, self.weights or self.objectives)
-        ):
+        rows = [*self.reference_points, *([] if self.weights is None else [self.weights])]
+        if any(len(row) != len(self.objectives) for row in rows):
             raise ValueError(f"reference points and weights have one value per objective ({len(self.objectives)})")
         if self.backend == "local" and self.workers > 1:
             raise ValueError("more than one worker needs the backend processes or ray")

@@ -128,7 +128,7 @@ def test_a_file_that_is_no_journal_is_refused_and_not_overwritten(tmp_path):
             {"objectives": (OBJECTIVES["accuracy"], OBJECTIVES["parameters"])},
             "the objectives is different",
             "accuracy (max, None), parameters (min, None)",
-            "accuracy (max, None), macs (min, multiply-accumulates per token)",
+            "accuracy (max, None), macs (min, per token)",
         ),
         ({"strategy": {**IDENTITY.strategy, "seed": 1}}, "the strategy's seed is different", "1", "0"),
         ({"strategy": {**IDENTITY.strategy, "extra": None}}, "the strategy's extra is different", "null", "null"),

@@ -35,7 +35,7 @@ OBJECTIVES = {
     objective.name: objective
     for objective in (
         Objective(ACCURACY, "max"),
-        Objective("macs", "min", "multiply-accumulates per token"),
+        Objective("macs", "min", "per token"),
         Objective("parameters", "min"),
         Objective("latency", "min", "s"),
     )
