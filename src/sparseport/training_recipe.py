@@ -61,7 +61,9 @@ def _modules(modules: Modules) -> Modules:
     if len(set(flat)) != len(flat):
         raise ValueError("a module is named twice")
     if any(not name or "." in name for name in flat) or any(not group for group in modules):
-        raise ValueError("modules are known by the last part of their names, q_proj for model.layers.0.self_attn.q_proj")
+        raise ValueError(
+            "modules are known by the last part of their names: q_proj, not model.layers.0.self_attn.q_proj"
+        )
     return modules
 
 
@@ -176,7 +178,7 @@ class FinetuneRecipe(Strict):
         if not self.nls and (self.widths or self.heads or self.elastic_blocks):
             raise ValueError("widths, heads and elastic_blocks are a search space; leave them away, or set nls: true")
         if self.method == "lonas" and self.nls and not (self.widths or self.heads or self.elastic_blocks):
-            raise ValueError("lonas without widths, heads and elastic_blocks is lora; give one of them, or method: lora")
+            raise ValueError("lonas without widths, heads and elastic_blocks is lora: give one of them, or lora")
         if self.microbatches > self.batch_size:
             raise ValueError("microbatches are parts of the batch; batch_size is at least as large")
         if self.target_modules != ALL_LINEAR and "elastic_modules" in self.model_fields_set and self.nls:

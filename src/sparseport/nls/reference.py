@@ -1,45 +1,19 @@
-"""Torch models for measuring: dense, INT4, and merged exactly as the exporter merges."""
+"""The torch model that an export recipe describes, and how far training and merge agree."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from sparseport.checkpoints.folder import ModelFolder
-from sparseport.checkpoints.gptq import read_gptq_linear, read_quantization_config
 from sparseport.merging import merge_planned
 from sparseport.nls.elastic import elastic_layers
-from sparseport.nls.finetune import load_for_training
+from sparseport.nls.load import filled, load_for_training
 from sparseport.plan import make_plan
 from sparseport.recipe import FinetuneRecipe, Recipe
 from sparseport.sources import open_sources
 from sparseport.weights.linear import Array, QuantizedWeight
 from sparseport.weights.rounding import dequantize
-
-
-def load_dense(folder: Path) -> nn.Module:
-    """A floating-point checkpoint in float32, ready to evaluate."""
-    with ModelFolder.open(folder) as source:
-        return _filled(source, source.read)
-
-
-def load_int4(folder: Path) -> nn.Module:
-    """A GPTQ checkpoint, dequantised to float32 by our own reader."""
-    with ModelFolder.open(folder) as source:
-        config = read_quantization_config(source)
-
-        def values(name: str) -> Array:
-            module = name.removesuffix(".weight")
-            if source.has(f"{module}.qweight"):
-                return dequantize(read_gptq_linear(source, module, config))
-            return source.read(name)
-
-        return _filled(source, values)
 
 
 def load_merged(recipe: Recipe) -> nn.Module:
@@ -54,7 +28,7 @@ def load_merged(recipe: Recipe) -> nn.Module:
             weight = merge_planned(recipe, sources, layer).weight
             return dequantize(weight) if isinstance(weight, QuantizedWeight) else weight.values
 
-        return _filled(sources.base, values)
+        return filled(sources.base, values)
 
 
 def code_differences(recipe: Recipe, finetune: FinetuneRecipe) -> dict[str, int]:
@@ -84,22 +58,3 @@ def code_differences(recipe: Recipe, finetune: FinetuneRecipe) -> dict[str, int]
             total += merged.codes.size
             different += int(np.count_nonzero(trained.numpy() != merged.codes))
     return {"codes": total, "different": different}
-
-
-def _filled(source: ModelFolder, values: Callable[[str], Array]) -> nn.Module:
-    """The Hugging Face model of a folder's config in float32, every parameter taken from `values`."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    settings = {key: value for key, value in source.config.items() if key != "quantization_config"}
-    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    # Nothing is initialised only to be overwritten: that takes longer than reading the weights.
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.to_empty(device="cpu")
-    model.tie_weights()
-    for name, parameter in model.named_parameters():
-        parameter.data.copy_(torch.from_numpy(values(name).astype(np.float32)))
-    for module in model.modules():
-        if any(name.endswith("inv_freq") for name in module._buffers):
-            module.__init__(config)  # rotary frequencies are computed, not stored
-    return model.eval()  # type: ignore[no-any-return]
