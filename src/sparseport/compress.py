@@ -44,7 +44,7 @@ def compress_folder(
         FidelityError: a mode revived pruned weights and the mask policy is `strict`.
     """
     xml = folder / "openvino_model.xml"
-    floating = [layer.module for layer in layers.layers if layer.group_size is None]
+    floating = [layer.name for layer in layers.layers if layer.group_size is None]
     request = recipe.compress.model_dump(mode="json") | {
         "source": str(xml),
         "output": str(scratch / "compressed.xml"),
@@ -71,7 +71,7 @@ def _repair(
     import openvino as ov
 
     model = readback.read_model(compressed)
-    floating = {layer.module: layer for layer in layers.layers if layer.group_size is None}
+    floating = {layer.name: layer for layer in layers.layers if layer.group_size is None}
     # Without data NNCF rounds to nearest, within a step; its data-aware options move weights on purpose.
     limit = None if recipe.compress.gptq or recipe.compress.scale_estimation else _STEPS_OF_ROUNDING
     mended: list[Any] = []

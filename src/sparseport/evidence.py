@@ -33,6 +33,10 @@ def linear_facts(layer: LayerPlan, merged: Merged, sources: Sources, recipe: Rec
         "weight_sha256": _written_digest(weight),
         "readback": {},
     }
+    if layer.whole_shape is not None:
+        facts["whole_shape"] = list(layer.whole_shape)
+    if layer.written is not None:
+        facts["from"] = layer.module
     if layer.rank is not None:
         facts |= {"rank": layer.rank}
     if layer.rank is not None and sources.adapter is not None:
@@ -77,9 +81,9 @@ def for_target(linears: Facts, layers: Plan, target: Target) -> Facts:
     own = copy.deepcopy(linears)
     for layer in layers.layers:
         form = layer.stored[target]
-        own[layer.module]["stored"] = form.label
+        own[layer.name]["stored"] = form.label
         if form.layout is not None:
-            own[layer.module]["stored_group_size"] = form.layout.block
+            own[layer.name]["stored_group_size"] = form.layout.block
     return own
 
 

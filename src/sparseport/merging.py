@@ -7,16 +7,33 @@ from dataclasses import replace
 from sparseport.checkpoints.safetensors_header import numpy_dtype
 from sparseport.merge.fq_lora import merge_fq_lora
 from sparseport.merge.layer import Merged, hold_mask, merge_layer
+from sparseport.merge.subnetwork import cut_weight
 from sparseport.plan import LayerPlan
 from sparseport.recipe import Recipe
 from sparseport.sources import Sources
 from sparseport.weights.linear import DenseWeight, QuantizedWeight
+from sparseport.weights.mask import revived
 
 _STORED_NAMES = {"bfloat16": "BF16", "float32": "F32"}
 
 
 def merge_planned(recipe: Recipe, sources: Sources, layer: LayerPlan) -> Merged:
-    """Merge one planned layer from open sources."""
+    """Merge one planned layer from open sources, and cut from it what the chosen sub-network keeps.
+
+    The whole layer is merged and judged first, so that a cut layer is a part of what the whole model would have.
+    """
+    merged = _merge_whole(recipe, sources, layer)
+    cut = sources.cut
+    if cut is None or layer.whole_shape is None:
+        return merged
+    rows, columns = cut.rows.get(layer.module), cut.columns.get(layer.module)
+    weight = cut_weight(merged.weight, rows, columns, layer.module)
+    # What the whole layer revived may lie in the part that is cut away.
+    kept_revived = 0 if weight.mask is None or not merged.revived else revived(weight, weight.mask)
+    return replace(merged, weight=weight, revived=kept_revived)
+
+
+def _merge_whole(recipe: Recipe, sources: Sources, layer: LayerPlan) -> Merged:
     if layer.rule == "fq_lora":
         assert sources.tuned is not None
         dense = sources.dense(layer.module)

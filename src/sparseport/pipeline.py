@@ -27,6 +27,7 @@ from sparseport.verify.bits import require_read_back
 from sparseport.verify.certificate import SCHEMA, Certificate, certified_folders, file_facts
 from sparseport.verify.judge import check_numerics
 from sparseport.weights.digest import value_digest
+from sparseport.weights.linear import Array
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def _export(
                 merged = _merge_all(recipe, sources, layers, writers, step)
             layers.notes.extend(revived_note(merged))
             linears = {target: for_target(merged, layers, target) for target in recipe.target}
-            tensors = _add_tensors(recipe, sources, layers, writers)
+            tensors = _add_tensors(recipe, sources, layers, small, writers)
             with progress.task("hashing inputs"):
                 inputs = sources.facts()
             for target, writer in writers.items():
@@ -174,17 +175,15 @@ def _open_writer(
     scratch: Path,
     small: Mapping[str, Any],
 ) -> TargetWriter:
-    base = sources.base
+    base, config = sources.base, sources.written_config()
     if target == "onnx":
         from sparseport.targets.onnx.writer import OnnxWriter
 
-        return OnnxWriter(
-            folder, scratch, base.path, base.config, small, recipe.tokenizer, recipe.embedding, recipe.onnx
-        )
+        return OnnxWriter(folder, scratch, base.path, config, small, recipe.tokenizer, recipe.embedding, recipe.onnx)
     from sparseport.targets.openvino.writer import OpenVinoWriter
 
     dtype = _dtype_label(recipe, layers)
-    return OpenVinoWriter(folder, scratch, base.path, base.config, small, recipe.tokenizer, dtype)
+    return OpenVinoWriter(folder, scratch, base.path, config, small, recipe.tokenizer, dtype)
 
 
 def _merge_all(
@@ -199,20 +198,22 @@ def _merge_all(
     for layer in layers.layers:
         merged = merge_planned(recipe, sources, layer)
         for target, writer in writers.items():
-            writer.add_linear(layer.module, merged.weight, layer.stored[target].layout)
-        facts[layer.module] = linear_facts(layer, merged, sources, recipe)
+            writer.add_linear(layer.name, merged.weight, layer.stored[target].layout)
+        facts[layer.name] = linear_facts(layer, merged, sources, recipe)
         sources.release()
         step()
     return facts
 
 
 def _add_tensors(
-    recipe: Recipe, sources: Sources, layers: Plan, writers: Mapping[Target, TargetWriter]
+    recipe: Recipe, sources: Sources, layers: Plan, small: Mapping[str, Array], writers: Mapping[Target, TargetWriter]
 ) -> dict[Target, Facts]:
     """Hand embedding, head and other matrices over; the writers have the small tensors already."""
     facts: dict[Target, Facts] = {target: {} for target in writers}
-    for name in layers.tensors:
-        values = sources.base.read(name)
+    for source in layers.tensors:
+        name = sources.written_name(source)
+        assert name is not None, "the plan has only tensors that are written"
+        values = small[name] if name in small else sources.base.read(source)
         changed = 0
         stored = values
         own: dict[Target, dict[str, Any]] = {target: {} for target in writers}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from sparseport.checkpoints.dialect import LayerFormat
 from sparseport.errors import BadInput, EnvironmentProblem, FidelityError, SparseportError, Unsupported
+from sparseport.merge.subnetwork import cut_group_size
 from sparseport.recipe import Recipe, Target
 from sparseport.sources import Sources
 from sparseport.stored_forms import StoredForm, floating_form, quantized_form, require_head_size
@@ -41,12 +42,16 @@ _COMPUTED = (".rotary_emb.inv_freq",)
 class LayerPlan:
     """One linear layer's way through the export.
 
+    module        name in the checkpoint
     rule          carry, lora, sparse_peft, qa_sparse_peft or fq_lora
+    shape         [out, in] of what leaves
     source        format in the checkpoint (`int4 g64 asym`, `float16`)
     stored        target -> form in the output
     group_size    columns per group in the source, or None
     rank          active adapter rank, or None
     refusal       why this layer cannot be exported, or None
+    whole_shape   [out, in] in the checkpoint, if a sub-network cuts the layer
+    written       name in what is written, if a sub-network numbers its blocks anew
     """
 
     module: str
@@ -57,6 +62,13 @@ class LayerPlan:
     group_size: int | None = None
     rank: int | None = None
     refusal: SparseportError | None = None
+    whole_shape: tuple[int, int] | None = None
+    written: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Name in what is written."""
+        return self.written or self.module
 
     @property
     def refused(self) -> str | None:
@@ -117,17 +129,22 @@ def make_plan(recipe: Recipe, sources: Sources) -> Plan:
     adapted = sources.adapter_modules()
     layers = []
     for module in planned_modules(sources):
+        if sources.written_name(module) is None:
+            continue  # the sub-network leaves this block out
         if module == sources.base.head_name and module not in adapted and not sources.format_of(module).quantized:
             continue  # an untouched head travels like the embedding
         try:
-            layers.append(_plan_layer(module, module in adapted, recipe, sources))
+            layers.append(_with_names(_plan_layer(module, module in adapted, recipe, sources), sources))
         except SparseportError as error:
             layers.append(LayerPlan(module, "none", (0, 0), "?", refusal=error))
     linear_tensors = {part for layer in layers for part in sources.linears.parts(layer.module)}
     tensors = [
         name
         for name in sources.base.names()
-        if name not in linear_tensors and not _is_tied_copy(name, sources) and not name.endswith(_COMPUTED)
+        if name not in linear_tensors
+        and sources.written_name(name) is not None
+        and not _is_tied_copy(name, sources)
+        and not name.endswith(_COMPUTED)
     ]
     stored = sum(form.bytes for layer in layers for form in layer.stored.values())
     other = sum(int(np.prod(sources.base.info(name).shape)) for name in tensors)
@@ -213,7 +230,7 @@ def available_memory_mib() -> int | None:
 
 def _plan_layer(module: str, adapted: bool, recipe: Recipe, sources: Sources) -> LayerPlan:
     form = sources.format_of(module)
-    shape = form.shape
+    shape = form.shape if sources.cut is None else sources.cut.shape(module, form.shape)
     rank = None
     rule = "carry"
     if adapted and sources.tuned is not None:
@@ -223,13 +240,24 @@ def _plan_layer(module: str, adapted: bool, recipe: Recipe, sources: Sources) ->
         rule = _rule(module, form.quantized, sources)
     if form.group_size is not None:
         assert form.bits is not None
+        group = form.group_size if shape[1] == form.shape[1] else cut_group_size(form.group_size, shape[1])
         targets = {
-            target: quantized_form(target, recipe, shape, form.group_size, form.bits, bool(form.symmetric), module)
+            target: quantized_form(target, recipe, shape, group, form.bits, bool(form.symmetric), module)
             for target in recipe.target
         }
-        return LayerPlan(module, rule, shape, form.label, targets, form.group_size, rank)
+        return LayerPlan(module, rule, shape, form.label, targets, group, rank)
     targets = {target: floating_form(target, recipe, shape, form.dtype, module) for target in recipe.target}
     return LayerPlan(module, rule, shape, form.label, targets, rank=rank)
+
+
+def _with_names(layer: LayerPlan, sources: Sources) -> LayerPlan:
+    """The plan with what the chosen sub-network makes of the layer's name and shape."""
+    whole, written = sources.format_of(layer.module).shape, sources.written_name(layer.module)
+    return replace(
+        layer,
+        whole_shape=None if whole == layer.shape else whole,
+        written=None if written == layer.module else written,
+    )
 
 
 def _plan_fq_lora(module: str, form: LayerFormat, recipe: Recipe, sources: Sources) -> LayerPlan:
@@ -332,7 +360,7 @@ def _notes(recipe: Recipe, sources: Sources, layers: list[LayerPlan]) -> list[st
     notes = list(sources.base.warnings)
     if sources.sparse is not None:
         notes.extend(sources.sparse.warnings)
-    notes += _choices(recipe, sources)
+    notes += _choices(recipe, sources) + _cuts(sources, layers)
     if sources.tuned is not None:
         notes.extend(sources.tuned.warnings)
     if sources.adapter is not None:
@@ -370,6 +398,23 @@ def _choices(recipe: Recipe, sources: Sources) -> list[str]:
             "the adapter is elastic, and its maximal sub-adapter is taken; --sub-adapter heuristic is the median"
         )
     return notes
+
+
+def _cuts(sources: Sources, layers: list[LayerPlan]) -> list[str]:
+    """What the chosen sub-network leaves out."""
+    if sources.cut is None:
+        return []
+    before = sum(
+        int(np.prod(sources.format_of(module).shape))
+        for module in sources.linears.folder.linear_names()
+        if module != sources.base.head_name
+    )
+    after = sum(layer.shape[0] * layer.shape[1] for layer in layers if layer.module != sources.base.head_name)
+    total = sources.base.config.get("num_hidden_layers")
+    parts = [] if len(sources.cut.blocks) == total else [f"{len(sources.cut.blocks)} of {total} blocks"]
+    parts += [f"{len(sources.cut.rows)} layers with fewer rows"] if sources.cut.rows else []
+    share = f"{after:,} of {before:,} weights of linear layers ({after / before:.1%})"
+    return [f"the sub-network has {', '.join(parts)}: {share}"]
 
 
 def _computed_frequencies(sources: Sources) -> list[str]:

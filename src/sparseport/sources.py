@@ -10,15 +10,18 @@ from typing import Any
 
 from sparseport.checkpoints.detect import open_linears
 from sparseport.checkpoints.dialect import LayerFormat, StoredLinears
-from sparseport.checkpoints.elastic import CHOICES, choose, open_search_space
+from sparseport.checkpoints.elastic import Selection
 from sparseport.checkpoints.folder import ModelFolder
 from sparseport.checkpoints.nncf_fq import CHECKPOINT as NNCF_CHECKPOINT
-from sparseport.checkpoints.nncf_fq import NncfCheckpoint, read_nls_ranks
+from sparseport.checkpoints.nncf_fq import NncfCheckpoint
 from sparseport.checkpoints.paths import file_sha256
 from sparseport.checkpoints.peft import AdapterFolder
+from sparseport.checkpoints.sub_config import cut_config
 from sparseport.child import Child
-from sparseport.errors import BadInput, Unsupported
+from sparseport.errors import BadInput
+from sparseport.merge.subnetwork import SubNetwork, cut_small, sub_network
 from sparseport.recipe import Recipe
+from sparseport.selection import chosen_sub_network, nls_ranks
 from sparseport.weights.linear import Array, DenseWeight, LowRankBranch, Mask, QuantizedWeight
 from sparseport.weights.mask import mask_of
 
@@ -38,6 +41,7 @@ class Sources:
     tuned           the NNCF FQ_LORA checkpoint, or None
     extra_files     files beside the folders that have a say in the result: role -> path
     ranks           module -> active rank of the chosen sub-adapter; modules outside the search space keep their rank
+    cut             what the chosen sub-network leaves of the base, or None for all of it
     """
 
     base: ModelFolder
@@ -47,6 +51,7 @@ class Sources:
     adapter: AdapterFolder | None
     tuned: NncfCheckpoint | None
     ranks: dict[str, int]
+    cut: SubNetwork | None
     extra_files: dict[str, Path]
     _stack: ExitStack
 
@@ -133,14 +138,43 @@ class Sources:
         trained = {**(self.adapter.ranks() if self.adapter else {}), **(self.tuned.ranks() if self.tuned else {})}
         return self.ranks.get(module, trained.get(module))
 
+    def written_name(self, name: str) -> str | None:
+        """Name of a module or tensor in what is written; None if the chosen sub-network leaves it out."""
+        return name if self.cut is None else self.cut.name(name)
+
     def small_tensors(self) -> dict[str, Array]:
-        """Norms, biases and the like: every tensor of fewer than two dimensions that is no part of a packed layer."""
+        """Norms, biases and the like, by written name, as far as the chosen sub-network keeps them.
+
+        Every tensor of fewer than two dimensions that is no part of a packed layer.
+
+        Raises:
+            Unsupported: a sub-network cuts a layer that one of them runs along.
+        """
         parts = self.linears.part_names()
-        return {
-            name: self.base.read(name)
-            for name in self.base.names()
-            if name not in parts and len(self.base.info(name).shape) < 2
-        }
+        found: dict[str, Array] = {}
+        for name in self.base.names():
+            written = self.written_name(name)
+            if written is None or name in parts or len(self.base.info(name).shape) >= 2:
+                continue
+            values = self.base.read(name)
+            found[written] = values if self.cut is None else cut_small(name, values, self.cut)
+        return found
+
+    def written_config(self) -> dict[str, Any]:
+        """The config.json of what is written: that of the base, or of the chosen sub-network.
+
+        Raises:
+            Unsupported: see `cut_config`.
+        """
+        if self.cut is None:
+            return self.base.config
+        before, after = {}, {}
+        for module in self.linears.folder.linear_names():
+            written = self.cut.name(module)
+            if written is not None:
+                before[written] = self.format_of(module).shape
+                after[written] = self.cut.shape(module, before[written])
+        return cut_config(self.base.config, self.cut.blocks, before, after)
 
     def release(self) -> None:
         """Give the memory of weights read so far back to the system."""
@@ -189,26 +223,35 @@ def open_sources(recipe: Recipe) -> Sources:
             _check_layers_fit(linears, sparse_linears)
         adapter, tuned = None, None
         ranks: dict[str, int] = {}
+        cut: SubNetwork | None = None
         if recipe.adapter is not None and is_nncf_checkpoint(recipe.adapter):
             tuned = stack.enter_context(NncfCheckpoint.open(recipe.adapter, allow_pickle=recipe.allow_pickle))
             tuned.check_base(base)
-            ranks = _nls_ranks(tuned, recipe, extra)
+            ranks = nls_ranks(tuned, recipe, extra)
         elif recipe.adapter is not None:
             adapter = stack.enter_context(AdapterFolder.open(recipe.adapter, allow_pickle=recipe.allow_pickle))
             adapter.check_base(base)
             _check_adapter_shapes(adapter, linears)
-            ranks = _sub_adapter_ranks(adapter, recipe, linears, extra)
-        elif recipe.search_space is not None or recipe.sub_adapter != "maximal":
-            raise BadInput(
-                "a sub-adapter was chosen, but there is no adapter",
-                where=recipe.search_space or recipe.sub_adapter,
-                fix="give --adapter DIR",
-                code="E_ELASTIC",
-            )
-        return Sources(base, linears, sparse, sparse_linears, adapter, tuned, ranks, extra, stack)
+        if tuned is None:
+            selection = chosen_sub_network(adapter, recipe, linears, extra)
+            ranks, cut = selection.ranks, _cut(selection, linears)
+        return Sources(base, linears, sparse, sparse_linears, adapter, tuned, ranks, cut, extra, stack)
     except BaseException:
         stack.close()
         raise
+
+
+def _cut(selection: Selection, linears: StoredLinears) -> SubNetwork | None:
+    """What the selection leaves of the model; the head is no part of it.
+
+    Raises:
+        BadInput, Unsupported: see `sub_network`.
+    """
+    if selection.whole:
+        return None
+    folder = linears.folder
+    shapes = {name: linears.format_of(name).shape for name in folder.linear_names() if name != folder.head_name}
+    return sub_network(selection, shapes, folder.config, str(folder.path))
 
 
 def is_nncf_checkpoint(path: Path) -> bool:
@@ -275,83 +318,3 @@ def _converted(recipe: Recipe, stack: ExitStack) -> tuple[Path, list[str]]:
     request = {"path": str(recipe.base.absolute()), "output": str(folder), "dtype": recipe.gguf_dtype}
     with Child("sparseport.checkpoints.gguf", request) as child:
         return folder, list(child.result()["notes"])
-
-
-def _nls_ranks(tuned: NncfCheckpoint, recipe: Recipe, extra: dict[str, Path]) -> dict[str, int]:
-    """Module -> rank of the chosen sub-adapter of an NNCF checkpoint, which itself always says the largest.
-
-    Raises:
-        BadInput: the ranks are in no file that was given or found.
-    """
-    if recipe.search_space is not None:
-        raise BadInput(
-            "an NNCF checkpoint has no search space file",
-            where=recipe.search_space,
-            fix="give ranks with --sub-adapter FILE, or leave --search-space away",
-            code="E_ELASTIC",
-        )
-    if recipe.sub_adapter == "maximal":
-        if tuned.result_json is not None and tuned.elastic_ranks():
-            tuned.warnings.append(
-                f"{tuned.result_json.name} names searched ranks, and the largest are exported; "
-                "--sub-adapter heuristic takes the searched ones"
-            )
-        return {}
-    file: Path | None = Path(recipe.sub_adapter)
-    if recipe.sub_adapter == "heuristic":
-        file = tuned.result_json
-    if file is None or recipe.sub_adapter == "minimal":
-        raise BadInput(
-            f"an NNCF checkpoint does not hold the ranks of the {recipe.sub_adapter} sub-adapter",
-            where=tuned.source,
-            expected="result.json beside it, or a JSON list with one rank per layer",
-            fix="give the training output with its result.json as --adapter, or --sub-adapter FILE",
-            code="E_ELASTIC",
-        )
-    if file != tuned.result_json:
-        extra["sub_adapter"] = file
-    return read_nls_ranks(file, tuned.elastic_ranks())
-
-
-def _sub_adapter_ranks(
-    adapter: AdapterFolder, recipe: Recipe, linears: StoredLinears, extra: dict[str, Path]
-) -> dict[str, int]:
-    """Module -> rank of the chosen sub-adapter; files outside the adapter's folder are added to `extra`.
-
-    Raises:
-        BadInput: there is no search space to choose from, or it does not belong to the adapter.
-        Unsupported: the choice keeps only a part of some layer's rows (LoNAS widths).
-    """
-    space_file = recipe.search_space or adapter.search_space_file()
-    if recipe.search_space is not None:
-        extra["search_space"] = recipe.search_space
-    choice: str | Path = recipe.sub_adapter
-    if choice not in CHOICES:
-        choice = Path(recipe.sub_adapter)
-        extra["sub_adapter"] = choice
-    if space_file is None:
-        if choice != "maximal":
-            raise BadInput(
-                "the adapter has no search space to choose a sub-adapter from",
-                where=adapter.path,
-                expected="elastic_adapter_config.json or nncf_config.json beside the adapter",
-                fix="give --search-space FILE, or leave --sub-adapter away",
-                code="E_ELASTIC",
-            )
-        return {}
-    config = linears.folder.config
-    layers = next((config[key] for key in ("num_hidden_layers", "n_layer", "num_layers") if key in config), None)
-    space = open_search_space(space_file, layers=layers if type(layers) is int else None)
-    selection = choose(space, choice, trained=adapter.ranks())
-    for module, width in selection.widths.items():
-        rows = linears.format_of(module).shape[0] if linears.has(module) else None
-        if rows != width:
-            raise Unsupported(
-                "the sub-adapter keeps a part of a layer's rows, which cannot be exported yet",
-                where=f"{space_file}, module {module}",
-                expected=f"all {rows} rows",
-                found=width,
-                fix="choose full widths: `--sub-adapter maximal`, or a JSON list with one number per group",
-                code="E_WIDTH",
-            )
-    return selection.ranks

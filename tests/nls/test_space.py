@@ -21,9 +21,8 @@ from sparseport.checkpoints.elastic import (  # noqa: E402
     open_search_space,
     save_search_space,
 )
-from sparseport.checkpoints.folder import ModelFolder  # noqa: E402
 from sparseport.errors import BadInput, Unsupported  # noqa: E402
-from sparseport.nls.load import empty_model, load_for_training  # noqa: E402
+from sparseport.nls.load import load_for_training, sketch  # noqa: E402
 from sparseport.nls.space import adapted_modules, search_space  # noqa: E402
 from sparseport.recipe import FinetuneRecipe  # noqa: E402
 
@@ -35,8 +34,7 @@ def sketches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Architecture -> model without weights."""
     made = {}
     for kind in KINDS:
-        with ModelFolder.open(folder_of(kind, tmp_path_factory.mktemp(kind))) as source:
-            made[kind] = empty_model(source)
+        made[kind] = sketch(folder_of(kind, tmp_path_factory.mktemp(kind)))
     return made
 
 

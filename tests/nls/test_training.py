@@ -13,16 +13,18 @@ torch = pytest.importorskip("torch")
 
 from transformers import AutoTokenizer  # noqa: E402
 
-from sparseport.checkpoints.elastic import open_search_space  # noqa: E402
+from sparseport.checkpoints.elastic import choose, open_search_space  # noqa: E402
 from sparseport.errors import BadInput, UsageError  # noqa: E402
 from sparseport.nls import finetune  # noqa: E402
+from sparseport.nls.activation import activate  # noqa: E402
 from sparseport.nls.elastic import elastic_layers  # noqa: E402
-from sparseport.nls.finetune import save_adapter, train  # noqa: E402
+from sparseport.nls.finetune import batch_loss, make_batch, save_adapter, train  # noqa: E402
 from sparseport.nls.load import load_for_training  # noqa: E402
 from sparseport.nls.record import FILE_NAME, Sample, space_digest  # noqa: E402
+from sparseport.nls.reference import code_differences, load_merged  # noqa: E402
 from sparseport.nls.space import search_space  # noqa: E402
 from sparseport.nls.tasks import Example, Task  # noqa: E402
-from sparseport.recipe import FinetuneRecipe  # noqa: E402
+from sparseport.recipe import FinetuneRecipe, make_recipe  # noqa: E402
 
 ITEMS = tuple(Example(f"say {word}", word) for word in ("ab", "cd", "ef", "gh", "abab", "cdcd", "efef", "ghgh"))
 TASK = Task("words", ITEMS, ITEMS[:2], ITEMS[2:])
@@ -128,6 +130,40 @@ def test_bfloat16_trains(method, tiny_base, tiny_sparse, tiny_int4, tokenizer):
     losses = [sample.loss for sample in samples]
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
     assert {value.dtype for value in adapters(model).values()} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize("choice", ["heuristic", "minimal"])
+@pytest.mark.parametrize("method", ["lonas", "sparse_peft", "qa_sparse_peft"])
+def test_a_sub_network_is_exported_as_it_was_trained(
+    method, choice, tiny_base, tiny_sparse, tiny_int4, tokenizer, tmp_path
+):
+    """Ranks, widths, heads and blocks: the exporter's smaller model has the loss of the activated super-network."""
+    wanted = recipe(method=method, steps=10, target_modules="all-linear")
+    qa = method == "qa_sparse_peft"
+    base = tiny_base if method == "lonas" else tiny_sparse
+    model = load_for_training(base, wanted, tiny_int4 if qa else None)
+    samples = train(model, tokenizer, TASK, wanted, lambda *_: None)
+    save_adapter(model, wanted, "tiny", tmp_path / "adapter", samples)
+    export = make_recipe(
+        {
+            **({"base": tiny_int4, "sparse_base": tiny_sparse} if qa else {"base": base}),
+            "adapter": tmp_path / "adapter",
+            "output": tmp_path / "out",
+            "sub_adapter": choice,
+        }
+    )
+    space = search_space(model, wanted)
+    batch = make_batch(tokenizer, list(ITEMS))
+    with torch.no_grad():
+        whole = float(batch_loss(model, batch))
+        activate(model, space, choose(space, choice))
+        loss = float(batch_loss(model, batch))
+        merged = load_merged(export)
+        assert float(batch_loss(merged, batch)) == pytest.approx(loss, rel=2e-3)
+    assert abs(loss - whole) > 0.01
+    assert len(merged.model.layers) == (1 if choice == "minimal" else 2)
+    compared = code_differences(export, wanted)
+    assert (compared["codes"] > 0) == qa and compared["different"] <= compared["codes"] / 1_000
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_base, tokenizer):

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from sparseport.checkpoints.detect import open_linears
 from sparseport.checkpoints.dialect import StoredLinears
@@ -22,6 +21,7 @@ from sparseport.nls.linears import decoder_linears
 from sparseport.nls.space import adapted_modules, search_space
 from sparseport.recipe import FinetuneRecipe
 from sparseport.sources import SPARSE_FROM
+from sparseport.targets.empty_model import config_of, empty_model
 from sparseport.weights.linear import Array, QuantizedWeight
 from sparseport.weights.mask import mask_of
 from sparseport.weights.rounding import dequantize
@@ -34,14 +34,14 @@ QUANTIZED = ("sqft", "qa_sparse_peft")
 def load_dense(folder: Path) -> nn.Module:
     """A floating-point checkpoint in float32, ready to evaluate."""
     with ModelFolder.open(folder) as source:
-        return filled(source, source.read)
+        return filled(source.config, source.read)
 
 
 def load_int4(folder: Path) -> nn.Module:
     """A quantised checkpoint of any dialect, dequantised to float32 by our own readers."""
     with ModelFolder.open(folder) as source:
         linears = open_linears(source)
-        return filled(source, lambda name: _dequantized(source, linears, name))
+        return filled(source.config, lambda name: _dequantized(source, linears, name))
 
 
 def load_for_training(base: Path, recipe: FinetuneRecipe, quantized: Path | None = None) -> nn.Module:
@@ -67,10 +67,9 @@ def load_for_training(base: Path, recipe: FinetuneRecipe, quantized: Path | None
     with ModelFolder.open(quantized or base) as folder:
         linears = open_linears(folder)
         _require_form(folder, linears, recipe.method)
-        with ModelFolder.open(base) as plain:
-            sketch = empty_model(plain)
-        names = adapted_modules(sketch, recipe)
-        space = search_space(sketch, recipe)
+        shapes = sketch(base)
+        names = adapted_modules(shapes, recipe)
+        space = search_space(shapes, recipe)
         model = _plain(base).requires_grad_(False)
         for name, linear in decoder_linears(model):
             weight = linears.read(name) if quantized is not None else None
@@ -130,29 +129,22 @@ def restore_adapter(model: nn.Module, folder: Path) -> None:
             layer.b.copy_(torch.from_numpy(np.array(branch.b, np.float32)))
 
 
-def empty_model(source: ModelFolder) -> nn.Module:
-    """The Hugging Face model of a folder's config on the meta device: modules and shapes, no weights."""
-    with torch.device("meta"):
-        return _from_config(source)
+def sketch(folder: Path) -> nn.Module:
+    """The Hugging Face model of a folder's config without weights: modules and shapes."""
+    with ModelFolder.open(folder) as source:
+        return empty_model(config_of(source.config, str(folder)), dtype="float32")
 
 
-def filled(source: ModelFolder, values: Callable[[str], Array]) -> nn.Module:
-    """The Hugging Face model of a folder's config in float32, every parameter taken from `values`."""
-    # Nothing is initialised only to be overwritten: that takes longer than reading the weights.
-    with _Unset():
-        model = _from_config(source)
-    for name, parameter in model.named_parameters():
-        parameter.data.copy_(torch.from_numpy(values(name).astype(np.float32)))
-    return model.eval()
-
-
-class _Unset(TorchFunctionMode):
-    """Leaves out the random values of new weights; what a model computes (rotary frequencies) is computed."""
-
-    _RANDOM = (torch.Tensor.uniform_, torch.Tensor.normal_)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return args[0] if func in self._RANDOM else func(*args, **(kwargs or {}))
+def filled(settings: dict[str, Any], values: Callable[[str], Array]) -> nn.Module:
+    """The Hugging Face model of a config.json in float32, every parameter taken from `values`."""
+    model: Any = empty_model(config_of(settings, "config.json"), dtype="float32")
+    model.tie_weights()
+    for name, parameter in list(model.named_parameters()):
+        owner, _, last = name.rpartition(".")
+        array = torch.from_numpy(values(name).astype(np.float32)).reshape(parameter.shape)
+        setattr(model.get_submodule(owner), last, nn.Parameter(array))
+    model.tie_weights()
+    return model.eval()  # type: ignore[no-any-return]
 
 
 def _plain(folder: Path) -> nn.Module:
@@ -164,15 +156,6 @@ def _plain(folder: Path) -> nn.Module:
     if packed:
         return load_int4(folder)
     model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model
-
-
-def _from_config(source: ModelFolder) -> nn.Module:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    settings = {key: value for key, value in source.config.items() if key != "quantization_config"}
-    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return model
 
 

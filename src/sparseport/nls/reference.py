@@ -19,16 +19,17 @@ from sparseport.weights.rounding import dequantize
 def load_merged(recipe: Recipe) -> nn.Module:
     """The model that an export recipe describes, dequantised to float32: the same merge, without writing files."""
     with open_sources(recipe) as sources:
-        planned = {layer.module: layer for layer in make_plan(recipe, sources).layers}
+        planned = {layer.name: layer for layer in make_plan(recipe, sources).layers}
+        small = sources.small_tensors()
 
         def values(name: str) -> Array:
             layer = planned.get(name.removesuffix(".weight"))
             if layer is None:
-                return sources.base.read(name)
+                return small[name] if name in small else sources.base.read(name)
             weight = merge_planned(recipe, sources, layer).weight
             return dequantize(weight) if isinstance(weight, QuantizedWeight) else weight.values
 
-        return filled(sources.base, values)
+        return filled(sources.written_config(), values)
 
 
 def code_differences(recipe: Recipe, finetune: FinetuneRecipe) -> dict[str, int]:
@@ -47,8 +48,12 @@ def code_differences(recipe: Recipe, finetune: FinetuneRecipe) -> dict[str, int]
     with open_sources(recipe) as sources:
         planned = {layer.module: layer for layer in make_plan(recipe, sources).layers}
         for name, layer in elastic_layers(model):
+            if name not in planned:  # its block is left out
+                continue
             branch = sources.branch(name)
             layer.active_rank = branch.rank
+            if sources.cut is not None:
+                layer.active_rows, layer.active_columns = sources.cut.shape(name, layer.shape)
             with torch.no_grad():
                 layer.a[: branch.rank] = torch.from_numpy(np.array(branch.a))
                 layer.b[:, : branch.rank] = torch.from_numpy(np.array(branch.b))

@@ -8,8 +8,9 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from sparseport.checkpoints.sub_config import smaller_shapes
 from sparseport.errors import BadInput, Unsupported
 
 if TYPE_CHECKING:
@@ -21,20 +22,37 @@ def load_config(config_json: Path) -> PretrainedConfig:
 
     Raises: BadInput, Unsupported (a model type that transformers does not have).
     """
-    from transformers import CONFIG_MAPPING
+    return config_of(read_settings(config_json), str(config_json))
 
+
+def read_settings(config_json: Path) -> dict[str, Any]:
+    """What stands in a `config.json`.
+
+    Raises: BadInput.
+    """
     try:
         settings = json.loads(config_json.read_text("utf-8"))
-        model_type = settings["model_type"]
+        settings["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput("the model's config cannot be read", where=config_json, found=repr(error)) from error
+    return dict(settings)
+
+
+def config_of(settings: dict[str, Any], where: str) -> PretrainedConfig:
+    """The transformers config of settings, as `load_config` makes it.
+
+    Raises: BadInput, Unsupported.
+    """
+    from transformers import CONFIG_MAPPING
+
+    model_type = settings["model_type"]
     if model_type not in CONFIG_MAPPING:
-        raise Unsupported("transformers has no such model_type", where=config_json, found=model_type)
-    settings.pop("quantization_config", None)
+        raise Unsupported("transformers has no such model_type", where=where, found=model_type)
+    settings = {key: value for key, value in settings.items() if key != "quantization_config"}
     try:
         return CONFIG_MAPPING[model_type].from_dict(settings)
     except Exception as error:
-        raise BadInput("transformers refuses the model's config", where=config_json, found=error) from error
+        raise BadInput("transformers refuses the model's config", where=where, found=error) from error
 
 
 def empty_model(config: PretrainedConfig, dtype: str = "float16", attention: str | None = None) -> PreTrainedModel:
@@ -57,6 +75,7 @@ def empty_model(config: PretrainedConfig, dtype: str = "float16", attention: str
             model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), **chosen)
     except Exception as error:
         raise Unsupported("transformers makes no causal model of this config", found=error) from error
+    _shrink(model, config)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             unset = float("nan") if buffer.is_floating_point() else 0
@@ -67,6 +86,54 @@ def empty_model(config: PretrainedConfig, dtype: str = "float16", attention: str
         if buffer.is_floating_point() and bool(buffer.isnan().any()):
             raise Unsupported("a computed buffer has no initial value", where=name)
     return model.eval()
+
+
+def _shrink(model: PreTrainedModel, config: PretrainedConfig) -> None:
+    """Give the layers that a sub-network cut their own shapes, where config.json has such shapes.
+
+    Raises:
+        Unsupported: a name in the config is no linear layer of the model.
+    """
+    import torch
+
+    for name, (rows, columns) in smaller_shapes(config.to_dict()).items():
+        layer = dict(model.named_modules()).get(name)
+        if not isinstance(layer, torch.nn.Linear) or rows > layer.out_features or columns > layer.in_features:
+            raise Unsupported(
+                "a layer of the sub-network is no part of the model",
+                where=name,
+                expected="a linear layer that is at least as large",
+                found=type(layer).__name__,
+                fix="check that config.json belongs to the weights",
+            )
+        layer.weight = torch.nn.Parameter(torch.empty_like(layer.weight[:rows, :columns]), requires_grad=False)
+        if layer.bias is not None:
+            layer.bias = torch.nn.Parameter(torch.empty_like(layer.bias[:rows]), requires_grad=False)
+        layer.out_features, layer.in_features = rows, columns
+
+
+def key_value_heads(model: PreTrainedModel) -> list[int] | None:
+    """Key-value heads of each decoder block, if a sub-network cut some; None for an ordinary model."""
+    if not any(name.endswith(".k_proj") for name in smaller_shapes(model.config.to_dict())):
+        return None
+    return [heads for _, heads in attention_heads(model)]
+
+
+def attention_heads(model: PreTrainedModel) -> list[tuple[int, int]]:
+    """(query heads, key-value heads) of each decoder block, from the rows of its projections.
+
+    Raises:
+        Unsupported: the attention modules have no q_proj, k_proj and head_dim.
+    """
+    found = []
+    for name, module in model.named_modules():
+        query, key, size = (getattr(module, part, None) for part in ("q_proj", "k_proj", "head_dim"))
+        if query is None and key is None:
+            continue
+        if query is None or key is None or not isinstance(size, int):
+            raise Unsupported("cannot tell the heads of this attention module", where=name, found=type(module).__name__)
+        found.append((query.out_features // size, key.out_features // size))
+    return found
 
 
 @contextlib.contextmanager

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sparseport.checkpoints.sub_config import block_of, in_whole_model, kept_blocks, whole_config
 from sparseport.errors import FidelityError
-from sparseport.targets.empty_model import empty_model, load_config
+from sparseport.targets.empty_model import config_of, empty_model, read_settings
 from sparseport.targets.read_back import GraphReader, open_reader
 from sparseport.verify.runs import DECODE_TOKENS, PREFILL_TOKENS, runs_of
 from sparseport.weights.linear import DenseWeight, QuantizedWeight
@@ -110,15 +111,18 @@ def logits_of(network: Any, tokens: list[int]) -> F32:
 def reference_of(folder: Path, graph: GraphReader) -> Any:
     """The Hugging Face model of `config.json` in float32, filled with the weights of a graph.
 
+    For a sub-network that is the whole model it was cut from, with zeros wherever something was cut away: the graph is
+    compared with the masked model itself, not with another one that was cut in the same way.
+
     Raises: as `reference_model`, and VerificationError if the graph cannot be read back.
     """
-    network = _empty_network(folder)
+    settings = read_settings(folder / "config.json")
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, parameter in network.named_parameters(remove_duplicate=False):
+    for name, parameter in _empty_network(settings).named_parameters(remove_duplicate=False):
         shapes[name] = tuple(parameter.shape)
         if parameter.dim() == 2:
             shapes[name.removesuffix(".weight")] = tuple(parameter.shape)
-    return _filled(network, ((item.name, item.weight, item.added) for item in graph.weights(shapes)))
+    return _filled(settings, ((item.name, item.weight, item.added) for item in graph.weights(shapes)))
 
 
 def reference_model(folder: Path, weights: Iterable[tuple[str, QuantizedWeight | DenseWeight]]) -> Any:
@@ -129,32 +133,54 @@ def reference_model(folder: Path, weights: Iterable[tuple[str, QuantizedWeight |
     Raises:
         FidelityError: the weights are not all of the model's parameters.
     """
-    return _filled(_empty_network(folder), ((name, weight, 0) for name, weight in weights))
+    return _filled(read_settings(folder / "config.json"), ((name, weight, 0) for name, weight in weights))
 
 
-def _empty_network(folder: Path) -> Any:
+def _empty_network(settings: dict[str, Any]) -> Any:
     """The model on the meta device: nothing is initialised only to be overwritten."""
-    return empty_model(load_config(folder / "config.json"), dtype="float32", attention="eager")
+    return empty_model(config_of(settings, "config.json"), dtype="float32", attention="eager")
 
 
-def _filled(network: Any, weights: Iterable[tuple[str, QuantizedWeight | DenseWeight, int]]) -> Any:
-    """Fill layer by layer; the third of each is what the graph holds more than the model."""
+def _filled(settings: dict[str, Any], weights: Iterable[tuple[str, QuantizedWeight | DenseWeight, int]]) -> Any:
+    """Fill the whole model layer by layer; the third of each is what the graph holds more than the model."""
     import torch
 
+    blocks = kept_blocks(settings)
+    network = _empty_network(whole_config(settings))
     state = dict(network.named_parameters())
     for given, weight, added in weights:
-        name = given if given in state else f"{given}.weight"
+        name = in_whole_model(given, blocks)
+        name = name if name in state else f"{name}.weight"
         if name not in state:
             continue
         values = weight.values if isinstance(weight, DenseWeight) else dequantize(weight)
-        values = np.array(values, np.float32).reshape(tuple(state[name].shape)) - np.float32(added)
-        owner, _, leaf = name.rpartition(".")
-        setattr(network.get_submodule(owner), leaf, torch.nn.Parameter(torch.from_numpy(values), requires_grad=False))
+        values = _within(np.array(values, np.float32) - np.float32(added), tuple(state[name].shape))
+        _put(network, name, torch.from_numpy(values))
     network.tie_weights()
+    for name, parameter in list(network.named_parameters()):
+        if parameter.is_meta and blocks and block_of(name) not in (None, *blocks):
+            _put(network, name, torch.zeros(parameter.shape))
     missing = [name for name, value in network.named_parameters() if value.is_meta]
     if missing:
         raise FidelityError("the graph does not hold all parameters of the model", where=missing[0], found=len(missing))
     return network.eval()
+
+
+def _put(network: Any, name: str, values: Any) -> None:
+    import torch
+
+    owner, _, leaf = name.rpartition(".")
+    setattr(network.get_submodule(owner), leaf, torch.nn.Parameter(values, requires_grad=False))
+
+
+def _within(values: F32, whole: tuple[int, ...]) -> F32:
+    """The values in the whole tensor's shape; those of a cut tensor at the beginning, followed by zeros."""
+    if values.size == np.prod(whole):
+        return values.reshape(whole)
+    result = np.zeros(whole, np.float32)
+    cut = values.reshape([length for length in values.shape if length != 1])
+    result[tuple(slice(length) for length in cut.shape)] = cut
+    return result
 
 
 def _tokens(folder: Path) -> tuple[list[int], bool]:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparseport.checkpoints.json_files import read_json
+from sparseport.checkpoints.sub_config import block_of, smaller_shapes
 from sparseport.targets.onnx.products import EXACT_LEVEL, FAST_LEVEL
 
 F32 = npt.NDArray[np.float32]
@@ -148,10 +149,20 @@ def onnx_logits(folder: Path, tokens: list[int], level: int | None = None) -> F3
 
 
 def empty_cache(folder: Path, inputs: list[str]) -> dict[str, F32]:
-    """A KV cache of no tokens for the inputs of a graph: float32 [1, KV heads, 0, head size] each."""
+    """A KV cache of no tokens for the inputs of a graph: float32 [1, KV heads, 0, head size] each.
+
+    `genai_config.json` has one number of heads for all blocks; a sub-network's config.json knows those that have fewer.
+    """
     decoder = _decoder(folder)
-    shape = (1, int(decoder["num_key_value_heads"]), 0, int(decoder["head_size"]))
-    return {name: np.zeros(shape, np.float32) for name in inputs if name.startswith("past_key_values")}
+    size = int(decoder["head_size"])
+    heads = {
+        block_of(name): shape[0] // size
+        for name, shape in smaller_shapes(read_json(folder / "config.json", what="config.json")).items()
+        if name.endswith(".k_proj")
+    }
+    every = int(decoder["num_key_value_heads"])
+    names = [name for name in inputs if name.startswith("past_key_values")]
+    return {name: np.zeros((1, heads.get(block_of(name), every), 0, size), np.float32) for name in names}
 
 
 def _decoder(folder: Path) -> dict[str, Any]:

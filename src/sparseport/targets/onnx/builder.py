@@ -162,6 +162,8 @@ def _find_marks(model: Any, marked: dict[str, tuple[int, int]]) -> dict[str, lis
 
 def _run_builder(network: Any, source: Path, target: Path) -> tuple[Any, dict[str, list[Any]]]:
     """The builder's graph, and the modules behind each of its MatMul nodes."""
+    from sparseport.targets.empty_model import attention_heads, key_value_heads
+
     builder, base = _import_builder()
     nodes: dict[str, list[Any]] = {}
     captured: dict[str, Any] = {}
@@ -177,8 +179,21 @@ def _run_builder(network: Any, source: Path, target: Path) -> tuple[Any, dict[st
         matmul.sparseport_parts = [q, k, v]
         return matmul
 
+    heads = attention_heads(network) if key_value_heads(network) is not None else None
+    plain_cache = base.Model.make_key_value_cache_shape
+
+    def make_key_value_cache_shape(self: Any, layer_id: int, shape: list[Any]) -> Any:
+        own = plain_cache(self, layer_id, shape)
+        return own if heads is None else [own[0], heads[layer_id][1], *own[2:]]
+
+    def load_weights(self: Any, path: str) -> Any:
+        if heads is not None:
+            _build_heads_layer_by_layer(self, heads)
+        return network
+
     changes: dict[str, Any] = {
-        "load_weights": lambda self, path: network,
+        "load_weights": load_weights,
+        "make_key_value_cache_shape": make_key_value_cache_shape,
         "save_model": lambda self, folder: captured.update(graph=self.model),
         "save_processing": lambda self, *_: None,
         "make_matmul_float": make_matmul_float,
@@ -205,6 +220,22 @@ def _run_builder(network: Any, source: Path, target: Path) -> tuple[Any, dict[st
     with contextlib.suppress(OSError):
         (target / "cache").rmdir()
     return captured["graph"], nodes
+
+
+def _build_heads_layer_by_layer(model: Any, heads: list[tuple[int, int]]) -> None:
+    """Give the builder the heads of each block while it makes that block; it knows one number for all."""
+    plain, names = model.make_layer, ("num_attn_heads", "num_kv_heads", "q_size", "kv_size")
+    whole = [getattr(model, name) for name in names]
+
+    def make_layer(layer_id: int, layer: Any) -> None:
+        own = heads[layer_id]
+        for name, value in zip(names, [*own, *(number * model.head_size for number in own)], strict=True):
+            setattr(model, name, value)
+        plain(layer_id, layer)
+        for name, value in zip(names, whole, strict=True):  # genai_config.json gets the whole model's
+            setattr(model, name, value)
+
+    model.make_layer = make_layer
 
 
 class _TokenizerOrNone:
@@ -235,6 +266,8 @@ class _ConfigWithOldNames:
         if "full_attention" in rope and "sliding_attention" in rope:  # Gemma 3: two thetas
             config.rope_theta = rope["full_attention"]["rope_theta"]
             config.rope_local_base_freq = rope["sliding_attention"]["rope_theta"]
+            # The builder looks for the kind of scaling beside the two, where older versions have it.
+            config.rope_parameters = {"rope_type": rope["full_attention"]["rope_type"], **rope}
         if getattr(config, "sliding_window", None) and not getattr(config, "layer_types", None):  # Mistral
             config.layer_types = ["sliding_attention"] * config.num_hidden_layers
         if config.eos_token_id is None:

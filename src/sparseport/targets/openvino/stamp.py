@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 from xml.etree import ElementTree
 
+from sparseport.checkpoints.sub_config import KEY, smaller_shapes
 from sparseport.errors import Unsupported
 from sparseport.targets.openvino.stamp_graph import Carrier, Graph, Node
 
@@ -41,9 +42,12 @@ def three_layer_settings(settings: dict[str, Any]) -> dict[str, Any]:
     layers = settings["num_hidden_layers"]
     if layers <= TRACED_LAYERS:
         raise LayersDiffer("nothing to copy", found=f"{layers} layers")
+    if smaller_shapes(settings):
+        raise LayersDiffer("the layers have shapes of their own", found="a sub-network")
     if settings.get("use_sliding_window"):
         raise LayersDiffer("the attention window depends on the layer", found="use_sliding_window")
     few = dict(settings, num_hidden_layers=TRACED_LAYERS)
+    few.pop(KEY, None)
     for key, value in settings.items():
         if not isinstance(value, (list, tuple)) or key in _LAYER_FREE_LISTS:
             continue

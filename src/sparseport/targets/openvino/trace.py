@@ -8,12 +8,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
 
 from sparseport.errors import Unsupported
-from sparseport.targets.empty_model import quiet
+from sparseport.targets.empty_model import key_value_heads, quiet
 
 if TYPE_CHECKING:
     import torch
@@ -39,13 +40,33 @@ def export(model: PreTrainedModel, folder: Path) -> None:
     """Optimum's export of `model`, at its own settings, without its quantisation and without preprocessors."""
     from optimum.exporters.openvino.convert import export_from_model
 
-    with quiet(), _single_trace(model.config.model_type), _frozen_garbage():
+    with quiet(), _single_trace(model.config.model_type), _frozen_garbage(), _cache_of(key_value_heads(model)):
         try:
             export_from_model(
                 model, folder, task="text-generation-with-past", stateful=True, patch_16bit_model=True, preprocessors=[]
             )
         except Exception as error:
             raise Unsupported("optimum-intel cannot export this architecture", found=error) from error
+
+
+@contextlib.contextmanager
+def _cache_of(heads: list[int] | None) -> Iterator[None]:
+    """Let optimum trace with a cache of the given key-value heads per block; it takes the config's number for all."""
+    if heads is None:
+        yield
+        return
+    from optimum.exporters.openvino import convert
+
+    plain = convert.remove_none_from_dummy_inputs
+
+    def cut(inputs: dict[str, Any]) -> Any:
+        if "past_key_values" in inputs:
+            pairs = zip(inputs["past_key_values"], heads, strict=True)
+            inputs["past_key_values"] = [tuple(part[:, :kept] for part in pair) for pair, kept in pairs]
+        return plain(inputs)
+
+    with mock.patch.object(convert, "remove_none_from_dummy_inputs", cut):
+        yield
 
 
 @contextlib.contextmanager

@@ -1,0 +1,270 @@
+"""Sub-networks on both targets: smaller layers, fewer heads, fewer blocks, equal to the masked whole model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from e2e.both import export_to_both
+from e2e.in_process import in_process
+from sparseport.checkpoints.elastic import ElasticGroup, save_search_space
+from sparseport.errors import BadInput, Unsupported
+from sparseport.pipeline import export
+from sparseport.recipe import make_recipe
+from sparseport.targets.read_back import open_reader
+from sparseport.verify.folder import verify
+from sparseport.verify.runs import OPENVINO_FULL_PRECISION, onnx_logits, openvino_logits
+from sparseport.weights.rounding import dequantize
+
+pytest.importorskip("openvino")
+pytest.importorskip("onnxruntime_genai")
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+COMMON = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.1,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+LAYER_TYPES = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama with biases": ("LlamaConfig", "LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
+    "qwen2, tied": ("Qwen2Config", "Qwen2ForCausalLM", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {"head_dim": 16}),
+    "gemma3": (
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 64, "layer_types": LAYER_TYPES},
+    ),
+}
+MLP = ("gate_proj", "up_proj")
+
+
+def make_model(folder: Path, config: str, kind: str, extra: dict[str, Any]) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = getattr(transformers, kind)(getattr(transformers, config)(**COMMON, **extra))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.dim() == 1:
+                    middle = 0.0 if "emma" in config or name.endswith("bias") else 1.0
+                    parameter.copy_(middle + 0.1 * torch.randn_like(parameter))
+    model.half().save_pretrained(folder)
+    return getattr(transformers, kind).from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def space(folder: Path, sizes: list[int], layers: int = 4) -> dict[str, Any]:
+    """A space of widths, heads and blocks, and a list of sizes of it: fields of a recipe."""
+    groups = []
+    for number in range(layers):
+        block = f"model.layers.{number}"
+        groups.append(ElasticGroup(tuple(f"{block}.mlp.{leaf}" for leaf in MLP), (128, 96, 64), "width"))
+        groups.append(ElasticGroup((f"{block}.self_attn",), (2, 1), "heads"))
+        groups.append(ElasticGroup((block,), (1, 0), "block"))
+    (folder / "sizes.json").write_text(json.dumps(sizes), encoding="utf-8")
+    return {"search_space": save_search_space(folder, groups), "sub_adapter": str(folder / "sizes.json")}
+
+
+# Block 2 is left out; the others differ from each other.
+MIXED = [96, 2, 1] + [64, 1, 1] + [128, 2, 0] + [128, 1, 1]
+
+
+def mask(model: Any, sizes: list[int]) -> Any:
+    """The whole model with activations set to zero where the sub-network has none: no weight is looked at."""
+    heads = model.config.num_attention_heads // model.config.num_key_value_heads
+    size = model.model.layers[0].self_attn.head_dim
+    for number, layer in enumerate(model.model.layers):
+        width, kept, there = sizes[3 * number : 3 * number + 3]
+
+        def cut(module: Any, inputs: Any, columns: int) -> Any:
+            masked = inputs[0].clone()
+            masked[..., columns:] = 0
+            return (masked, *inputs[1:])
+
+        layer.mlp.down_proj.register_forward_pre_hook(lambda m, i, c=width: cut(m, i, c))
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda m, i, c=kept * heads * size: cut(m, i, c))
+        if not there:
+            layer.forward = lambda hidden, *_, **__: hidden
+    return model
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_both_targets_compute_the_masked_model(name: str, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    model = make_model(base, *MODELS[name])
+    # optimum-intel does not export Gemma with transformers 5.
+    targets = ["onnx"] if name == "gemma3" else ["openvino", "onnx"]
+    fields = {"base": base, **space(tmp_path, MIXED), "output": tmp_path / "out", "tokenizer": False}
+    with in_process():
+        result = export(make_recipe({**fields, "target": targets}))
+    tokens = [int(n) for n in np.random.default_rng(0).integers(1, 256, 112)]
+    with torch.no_grad():
+        expected = mask(model, MIXED)(torch.tensor([tokens]), use_cache=False).logits[0].numpy()
+    for one in result.exports:
+        assert np.abs(_logits(one, tokens) - expected).max() < 1e-4
+        config = json.loads((one.folder / "config.json").read_text(encoding="utf-8"))
+        assert config["num_hidden_layers"] == 3 and config["sparseport"]["blocks"] == [0, 1, 3]
+        if "layer_types" in config:
+            whole = LAYER_TYPES if name == "gemma3" else ["full_attention"] * 4
+            assert config["layer_types"] == [*whole[:2], whole[3]]
+        linears = one.certificate.linears
+        assert linears["model.layers.1.mlp.gate_proj"]["shape"] == [64, 64]
+        assert linears["model.layers.1.mlp.gate_proj"]["whole_shape"] == [128, 64]
+        assert linears["model.layers.2.self_attn.q_proj"]["from"] == "model.layers.3.self_attn.q_proj"
+        assert verify(one.folder).differences == []
+
+
+def _logits(one: Any, tokens: list[int]) -> Any:
+    if one.target == "onnx":
+        return onnx_logits(one.folder, tokens)
+    import openvino as ov
+
+    model = ov.Core().read_model(one.folder / "openvino_model.xml")
+    return openvino_logits(model, tokens, OPENVINO_FULL_PRECISION)
+
+
+def test_qdq_folders_have_sub_networks_too(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "base", *MODELS["llama with biases"])
+    fields = {"base": tmp_path / "base", **space(tmp_path, MIXED), "output": tmp_path / "out", "tokenizer": False}
+    with in_process():
+        result = export(make_recipe({**fields, "target": ["onnx"], "onnx": {"format": "qdq"}}))
+    tokens = list(range(1, 65))
+    with torch.no_grad():
+        expected = mask(model, MIXED)(torch.tensor([tokens]), use_cache=False).logits[0].numpy()
+    assert np.abs(onnx_logits(result.folder, tokens) - expected).max() < 1e-4
+
+
+def test_int4_codes_of_a_sub_network_are_those_of_the_whole(tiny_qa_inputs: dict[str, Any], tmp_path: Path) -> None:
+    """Width 80 cuts through a group of 32; codes, zero-points and scales are those of the whole model's export."""
+    groups = [
+        ElasticGroup(tuple(f"model.layers.{n}.mlp.{leaf}" for leaf in MLP), (128, 80, 64), "width") for n in range(2)
+    ]
+    groups += [
+        ElasticGroup(tuple(f"model.layers.{n}.self_attn.{leaf}_proj" for leaf in "qkv"), (8, 6, 4)) for n in range(2)
+    ]
+    file = save_search_space(tmp_path, groups)
+    whole_file, small_file = tmp_path / "whole.json", tmp_path / "small.json"
+    whole_file.write_text("[128, 128, 6, 6]", encoding="utf-8")
+    small_file.write_text("[80, 64, 6, 6]", encoding="utf-8")
+    inputs = {**tiny_qa_inputs, "search_space": file}
+    inputs.pop("sub_adapter")
+    with in_process():
+        whole = export_to_both(tmp_path / "w", **inputs, sub_adapter=str(whole_file))
+        small = export_to_both(tmp_path / "s", **inputs, sub_adapter=str(small_file))
+    read = [
+        {item.name: item.weight for item in open_reader("openvino", one.folder).weights(_shapes(one.certificate))}
+        for one in (whole, small)
+    ]
+    cut = 0
+    for module, facts in small.certificate.linears.items():
+        rows, columns = facts["shape"]
+        a, b = (dequantize(found.get(module) or found[f"{module}.weight"]) for found in read)
+        assert np.array_equal(a[:rows, :columns], b), module
+        cut += a.shape != b.shape
+    assert cut == 6
+    down = small.certificate.linears["model.layers.0.mlp.down_proj"]
+    assert down["group_size"] == 16 and down["shape"] == [64, 80] and down["whole_shape"] == [64, 128]
+
+
+def _shapes(certificate: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(facts["shape"]) for name, facts in {**certificate.linears, **certificate.tensors}.items()}
+
+
+@pytest.mark.parametrize("sizes", [MIXED, [128, 2, 1] * 3 + [128, 2, 0]], ids=["mixed", "blocks only"])
+def test_generation_engines_write_the_masked_models_tokens(sizes: list[int], tiny_base: Path, tmp_path: Path) -> None:
+    """OpenVINO GenAI and onnxruntime-genai with another number of heads in every cache."""
+    import onnxruntime_genai
+    import openvino_genai
+
+    model = make_model(tmp_path / "base", "LlamaConfig", "LlamaForCausalLM", {})
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "base" / name).write_bytes((tiny_base / name).read_bytes())
+    result = export(
+        make_recipe(
+            {
+                "base": tmp_path / "base",
+                **space(tmp_path, sizes),
+                "target": ["openvino", "onnx"],
+                "output": tmp_path / "out",
+                "embedding": "fp32",
+            }
+        )
+    )
+    prompt = list(range(40, 60))
+    masked = mask(model, sizes)
+    wanted = list(prompt)
+    with torch.no_grad():
+        for _ in range(12):
+            wanted.append(int(masked(torch.tensor([wanted]), use_cache=False).logits[0, -1].argmax()))
+    pipeline = openvino_genai.LLMPipeline(
+        str(tmp_path / "out" / "openvino"), "CPU", INFERENCE_PRECISION_HINT="f32", KV_CACHE_PRECISION="f32"
+    )
+    settings = openvino_genai.GenerationConfig(max_new_tokens=12, do_sample=False, ignore_eos=True)
+    import openvino as ov
+
+    ids = ov.Tensor(np.array([prompt], np.int64))
+    assert list(pipeline.generate(ids, settings).tokens[0]) == wanted[len(prompt) :]
+    loaded = onnxruntime_genai.Model(str(tmp_path / "out" / "onnx"))
+    parameters = onnxruntime_genai.GeneratorParams(loaded)
+    parameters.set_search_options(max_length=len(wanted), min_length=len(wanted), do_sample=False)
+    generator = onnxruntime_genai.Generator(loaded, parameters)
+    generator.append_tokens(prompt)
+    while not generator.is_done():
+        generator.generate_next_token()
+    assert list(generator.get_sequence(0)) == wanted
+    assert len(result.exports) == 2
+
+
+def test_a_sub_network_that_is_an_ordinary_model_loads_as_one(tmp_path: Path) -> None:
+    """The same width everywhere and whole blocks left out: config.json says it all, and any loader builds it."""
+    make_model(tmp_path / "base", "LlamaConfig", "LlamaForCausalLM", {})
+    sizes = [96, 2, 1] * 3 + [96, 2, 0]
+    with in_process():
+        result = export(
+            make_recipe(
+                {
+                    "base": tmp_path / "base",
+                    **space(tmp_path, sizes),
+                    "output": tmp_path / "out",
+                    "tokenizer": False,
+                }
+            )
+        )
+    config = json.loads((result.folder / "config.json").read_text(encoding="utf-8"))
+    assert config["intermediate_size"] == 96 and config["num_hidden_layers"] == 3
+    assert config["sparseport"]["shapes"] == {}
+    assert config["sparseport"]["whole"] == {"intermediate_size": 128, "num_hidden_layers": 4}
+    built = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(config))
+    shapes = {name.removesuffix(".weight"): list(p.shape) for name, p in built.named_parameters()}
+    assert all(shapes[name] == facts["shape"] for name, facts in result.certificate.linears.items())
+
+
+def test_what_cannot_be_cut_is_refused_before_any_work(tmp_path: Path, tiny_adapter_sparse: Path) -> None:
+    make_model(tmp_path / "base", *MODELS["gemma3"])
+    config = json.loads((tmp_path / "base" / "config.json").read_text(encoding="utf-8"))
+    fields = {"base": tmp_path / "base", "output": tmp_path / "out", "tokenizer": False}
+    config.pop("layer_types")
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(Unsupported, match="layer_types"):
+        export(make_recipe({**fields, **space(tmp_path, MIXED)}))
+    with pytest.raises(BadInput, match=r"one of \[128, 96, 64\]"):
+        export(make_recipe({**fields, **space(tmp_path, [100, *MIXED[1:]])}))
+    with pytest.raises(BadInput, match="there is no adapter"):
+        ranks = tiny_adapter_sparse / "elastic_adapter_config.json"
+        export(make_recipe({**fields, "search_space": ranks}))
+    none_left = [128, 2, 0] * 4
+    with pytest.raises(BadInput, match="without any block"):
+        export(make_recipe({**fields, **space(tmp_path, none_left)}))
+    assert not (tmp_path / "out").exists()
