@@ -302,7 +302,8 @@ def _make_int4(base: Path, sparse: Path, job: Job, out: Path, progress: Progress
 def _make_adapter(sparse: Path, int4: Path, job: Job, out: Path, progress: Progress) -> None:
     from transformers import AutoTokenizer
 
-    from sparseport.nls.finetune import load_for_training, save_adapter, train
+    from sparseport.nls.finetune import save_adapter, train
+    from sparseport.nls.load import load_for_training
     from sparseport.nls.tasks import load_task
 
     recipe = job.finetune
@@ -310,9 +311,10 @@ def _make_adapter(sparse: Path, int4: Path, job: Job, out: Path, progress: Progr
     model = load_for_training(sparse, recipe, int4 if recipe.method == "qa_sparse_peft" else None)
     with progress.task("fine-tuning (NLS)", recipe.steps) as step:
         task = load_task(recipe.task, recipe.data)
-        losses = train(model, AutoTokenizer.from_pretrained(sparse), task, recipe, lambda *_: step())
+        samples = train(model, AutoTokenizer.from_pretrained(sparse), task, recipe, lambda *_: step())
+    losses = [sample.loss for sample in samples]
     progress.note(f"loss {losses[0]:.2f} -> {sum(losses[-5:]) / len(losses[-5:]):.3f}")
-    save_adapter(model, recipe, sparse.name, out)
+    save_adapter(model, recipe, sparse.name, out, samples)
 
 
 def _export(recipe: Recipe, out: Path, progress: Progress) -> None:
@@ -326,7 +328,8 @@ def _measure(job: Job, base: Path, recipe: Recipe, exported: Path, progress: Pro
     from transformers import AutoTokenizer
 
     from sparseport.nls.evaluate import accuracy, answers_openvino, answers_torch
-    from sparseport.nls.reference import code_differences, load_dense, load_int4, load_merged
+    from sparseport.nls.load import load_dense, load_int4
+    from sparseport.nls.reference import code_differences, load_merged
     from sparseport.nls.tasks import load_task
 
     assert job.finetune is not None and recipe.sparse_base is not None

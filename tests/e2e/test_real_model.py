@@ -94,7 +94,7 @@ def test_base_perplexity_on_wikitext(demo_base: Path, shared_dir: Path) -> None:
     import torch
     from transformers import AutoTokenizer
 
-    from sparseport.nls.reference import load_dense
+    from sparseport.nls.load import load_dense
 
     text = (shared_dir / "data" / "wikitext-2" / "test.txt").read_text(encoding="utf-8")
     ids = AutoTokenizer.from_pretrained(demo_base)(text[:60_000])["input_ids"][: 3 * 512]

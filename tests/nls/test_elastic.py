@@ -8,7 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from sparseport.errors import BadInput  # noqa: E402
-from sparseport.nls.elastic import ElasticLinear, merged_weight, set_ranks  # noqa: E402
+from sparseport.nls.elastic import ElasticLinear, merged_weight  # noqa: E402
 from sparseport.nls.quantize import quantize_rtn  # noqa: E402
 from sparseport.weights.linear import QuantizedWeight  # noqa: E402
 from sparseport.weights.rounding import dequantize  # noqa: E402
@@ -100,10 +100,35 @@ def test_pruned_weights_get_no_gradient_through_the_adapter() -> None:
     assert torch.equal(y, layer.base.bias.expand(3, -1)) and not layer.a.grad.any() and not layer.b.grad.any()
 
 
-def test_set_ranks_by_name() -> None:
-    model = torch.nn.ModuleDict({"one": _layer("lora")[0], "two": _layer("lora")[0]})
-    set_ranks(model, {"one": 3})
-    assert model["one"].active_rank == 3 and model["two"].active_rank == RANK
+@pytest.mark.parametrize("method", ["lora", "sparse_peft", "qa_sparse_peft"])
+@pytest.mark.parametrize(("rows", "columns"), [(OUT, 32), (16, IN), (8, 48)])
+def test_a_cut_layer_is_the_leading_part_of_the_whole_one(method: str, rows: int, columns: int) -> None:
+    """Columns of 48 go through a group of 32."""
+    layer, _ = _layer(method)
+    x = torch.randn(5, columns)
+    whole = layer(torch.nn.functional.pad(x, (0, IN - columns)))
+    layer.active_rows, layer.active_columns = rows, columns
+    y = layer(x)
+    assert y.shape == (5, rows) and torch.allclose(y, whole[:, :rows], atol=1e-5)
+    y.sum().backward()
+    assert not layer.a.grad[:, columns:].any() and not layer.b.grad[rows:].any()
+    assert layer.a.grad[:, :columns].any() and layer.b.grad[:rows].any()
+
+
+@pytest.mark.parametrize("method", ["lora", "sparse_peft", "qa_sparse_peft"])
+def test_bfloat16_is_of_the_product_and_not_of_the_merge(method: str) -> None:
+    layer, _ = _layer(method)
+    x = torch.randn(5, IN)
+    exact = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16 and torch.allclose(y.float(), exact, rtol=0.05, atol=0.1)
+    if layer.mask is not None:
+        merged = merged_weight(layer.a, layer.b, layer.base.weight, layer.mask, layer.scaling, layer.grid)
+        want = x.bfloat16() @ merged.detach().bfloat16().T + layer.base.bias.bfloat16()
+        assert torch.equal(y, want)
+    y.float().square().sum().backward()
+    assert layer.a.grad.dtype == torch.float32 and torch.isfinite(layer.a.grad).all()
 
 
 def test_quantization_aware_needs_a_mask() -> None:

@@ -17,14 +17,14 @@ from sparseport.errors import BadInput  # noqa: E402
 from sparseport.nls.elastic import elastic_layers  # noqa: E402
 from sparseport.nls.finetune import (  # noqa: E402
     batch_loss,
-    load_for_training,
     make_batch,
     prompt_ids,
     save_adapter,
-    search_space,
     train,
 )
-from sparseport.nls.reference import code_differences, load_int4, load_merged  # noqa: E402
+from sparseport.nls.load import load_for_training, load_int4  # noqa: E402
+from sparseport.nls.reference import code_differences, load_merged  # noqa: E402
+from sparseport.nls.space import search_space  # noqa: E402
 from sparseport.nls.tasks import Example, Task  # noqa: E402
 from sparseport.plan import make_plan  # noqa: E402
 from sparseport.recipe import FinetuneRecipe, make_recipe  # noqa: E402
@@ -51,6 +51,7 @@ def _recipe(method: str, **changes: object) -> FinetuneRecipe:
         "steps": 30,
         "batch_size": 4,
         "warmup_steps": 2,
+        "dropout": 0.0,
         **changes,
     }
     return FinetuneRecipe.model_validate(fields)
@@ -87,7 +88,7 @@ def test_loss_falls_and_files_are_read_by_the_exporter(
     base = tiny_base if method == "lora" else tiny_sparse
     model = load_for_training(base, recipe, tiny_int4 if qa else None)
     frozen = {name: value.clone() for name, value in model.named_parameters() if not value.requires_grad}
-    losses = train(model, tokenizer, TASK, recipe, lambda *_: None)
+    losses = [sample.loss for sample in train(model, tokenizer, TASK, recipe, lambda *_: None)]
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
     for name, value in model.named_parameters():
         if name in frozen:
@@ -98,7 +99,7 @@ def test_loss_falls_and_files_are_read_by_the_exporter(
         assert (adapter.sparse_adapter, adapter.quantization_aware) == (method != "lora", qa)
         assert sorted(adapter.modules()) == sorted(name for name, _ in elastic_layers(model))
     groups = read_search_space(tmp_path / "adapter" / FILE_NAME)
-    assert groups == search_space(model, recipe) and len(groups) == 2 and groups[0].sizes == (8, 6, 4)
+    assert tuple(groups) == search_space(model, recipe).groups and len(groups) == 2 and groups[0].sizes == (8, 6, 4)
     fields = {"base": tiny_int4, "sparse_base": tiny_sparse} if qa else {"base": base}
     export = make_recipe(
         {**fields, "adapter": tmp_path / "adapter", "output": tmp_path / "out", "sub_adapter": "heuristic"}
@@ -109,10 +110,11 @@ def test_loss_falls_and_files_are_read_by_the_exporter(
     assert (compared["codes"] > 0) == qa
     assert compared["different"] <= compared["codes"] / 10_000
     # The merged model is the trained one: same loss on the sub-adapter that was merged.
-    from sparseport.checkpoints.elastic import choose_ranks
-    from sparseport.nls.elastic import set_ranks
+    from sparseport.checkpoints.elastic import SearchSpace, choose
+    from sparseport.nls.activation import activate
 
-    set_ranks(model, choose_ranks(groups, "heuristic"))
+    space = SearchSpace(tuple(groups))
+    activate(model, space, choose(space, "heuristic"))
     batch = make_batch(tokenizer, list(ITEMS))
     with torch.no_grad():
         assert float(batch_loss(model, batch)) == pytest.approx(float(batch_loss(load_merged(export), batch)), rel=2e-3)

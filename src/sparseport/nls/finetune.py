@@ -1,10 +1,10 @@
-"""NLS fine-tuning: train all sub-adapters at once by sampling one rank per decoder layer and step."""
+"""NLS fine-tuning: train all sub-networks of a super-network at once by sampling one at each step."""
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseport.checkpoints.elastic import FILE_NAME as ELASTIC_FILE
-from sparseport.checkpoints.elastic import ElasticGroup, write_search_space
-from sparseport.checkpoints.folder import ModelFolder
-from sparseport.checkpoints.gptq import read_gptq_linear, read_quantization_config
+from sparseport.checkpoints.elastic import Selection, save_search_space
 from sparseport.checkpoints.peft import write_adapter
-from sparseport.errors import BadInput
-from sparseport.nls.elastic import ElasticLinear, elastic_layers, set_ranks
-from sparseport.nls.encoding import prompt_ids
-from sparseport.nls.linears import decoder_layers, layer_linears
+from sparseport.errors import BadInput, UsageError
+from sparseport.nls.activation import activate
+from sparseport.nls.elastic import elastic_layers
+from sparseport.nls.encoding import encode_example
+from sparseport.nls.linears import leaf
+from sparseport.nls.load import MASKED
+from sparseport.nls.record import Sample, write_training_record
+from sparseport.nls.space import search_space
 from sparseport.nls.tasks import Example, Task
+from sparseport.nls.team import Team
 from sparseport.recipe import FinetuneRecipe
-from sparseport.weights.mask import mask_of
-from sparseport.weights.rounding import dequantize
 
 # Label of a position that has no part in the loss (torch.nn.functional.cross_entropy).
 _IGNORED = -100
@@ -45,98 +45,69 @@ class Batch:
     visible: Tensor
     labels: Tensor
 
-
-def load_for_training(base: Path, recipe: FinetuneRecipe, quantized: Path | None) -> nn.Module:
-    """The base model in float32 with elastic adapters in place; everything else is frozen.
-
-    Args:
-        base: floating-point model, sparse for SparsePEFT and QA-SparsePEFT.
-        recipe: method, target modules, ranks.
-        quantized: GPTQ folder of the same model, for QA-SparsePEFT. Layers without an adapter run with its weights.
-
-    Raises:
-        BadInput: QA-SparsePEFT without an INT4 base, or a target module that the model does not have.
-    """
-    from transformers import AutoModelForCausalLM
-
-    if (recipe.method == "qa_sparse_peft") != (quantized is not None):
-        raise BadInput("QA-SparsePEFT, and only it, trains on an INT4 base", where=base, found=recipe.method)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).requires_grad_(False)
-    prefix, layers = decoder_layers(model)
-    with ModelFolder.open(quantized or base) as folder:
-        gptq = read_quantization_config(folder) if quantized else None
-        adapted = 0
-        for index, layer in enumerate(layers):
-            for name, linear in layer_linears(layer, f"{prefix}.{index}").items():
-                weight = None if gptq is None else read_gptq_linear(folder, name, gptq)
-                if name.rpartition(".")[2] not in recipe.target_modules:
-                    if weight is not None:
-                        linear.weight.data = torch.from_numpy(dequantize(weight))
-                    continue
-                mask = None if recipe.method == "lora" else mask_of(linear.weight.numpy())
-                elastic = ElasticLinear(
-                    linear,
-                    recipe.search_space[0],
-                    recipe.alpha,
-                    mask=mask,
-                    quantized=weight,
-                    dropout=recipe.dropout,
-                    seed=recipe.seed + adapted,
-                )
-                parent, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(parent), leaf, elastic)
-                adapted += 1
-    if not adapted:
-        raise BadInput(
-            "the model has none of the target modules", where=base, expected=", ".join(recipe.target_modules)
-        )
-    return model
-
-
-def search_space(model: nn.Module, recipe: FinetuneRecipe) -> list[ElasticGroup]:
-    """One group per decoder layer: its elastic modules share a rank (SQFT's `share_rank_within_layer`)."""
-    prefix, layers = decoder_layers(model)
-    groups = []
-    for index in range(len(layers)):
-        names = tuple(
-            name
-            for name, _ in elastic_layers(model)
-            if name.startswith(f"{prefix}.{index}.") and name.rpartition(".")[2] in recipe.elastic_modules
-        )
-        if names:
-            groups.append(ElasticGroup(names, recipe.search_space))
-    return groups
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        return Batch(*(part.to(device) for part in (self.ids, self.positions, self.visible, self.labels)))
 
 
 def train(
-    model: nn.Module, tokenizer: Any, task: Task, recipe: FinetuneRecipe, on_step: Callable[[int, float], None]
-) -> list[float]:
-    """Train the adapters in place and return the loss of every step.
+    model: nn.Module,
+    tokenizer: Any,
+    task: Task,
+    recipe: FinetuneRecipe,
+    on_step: Callable[[int, float], None],
+    team: Team | None = None,
+) -> list[Sample]:
+    """Train the adapters in place and return every sub-network that was sampled, with its loss.
 
-    AdamW, linear warm-up, cosine decay to a tenth; one rank per layer is sampled at each step.
+    AdamW, linear warm-up, cosine decay to a tenth. For each microbatch one size per group of the search space is drawn
+    at random, the same on every process.
+
+    Args:
+        model: from `load_for_training`.
+        tokenizer: of the base.
+        task: its split `train` is used.
+        recipe: everything else.
+        on_step: called after every step as (step, mean loss).
+        team: the processes that train together; this one alone without it.
 
     Raises:
         BadInput: the loss is not finite.
+        UsageError: a microbatch has fewer items than there are processes.
     """
-    groups = search_space(model, recipe)
+    team = team or Team()
+    space = search_space(model, recipe)
+    _check_parts(recipe, len(task.train), team.count)
+    loss_of = _AnswerLoss(model)
+    team.place(model, loss_of)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, recipe))
     dice = random.Random(recipe.seed)
-    torch.manual_seed(recipe.seed)
+    torch.manual_seed(recipe.seed + team.index)  # dropout; everything that has to be equal comes from the dice
     items = list(task.train)
-    losses: list[float] = []
+    samples: list[Sample] = []
     model.train()
     for step in range(recipe.steps):
         start = step * recipe.batch_size % len(items)
         if start == 0 or start + recipe.batch_size > len(items):
             dice.shuffle(items)
             start = min(start, len(items) - recipe.batch_size) if len(items) >= recipe.batch_size else 0
-        set_ranks(
-            model, {name: rank for group in groups for rank in [dice.choice(group.sizes)] for name in group.targets}
-        )
-        loss = batch_loss(model, make_batch(tokenizer, items[start : start + recipe.batch_size]))
-        value = float(loss.detach())
+        now = items[start : start + recipe.batch_size]
+        parts = [team.part(now[number :: recipe.microbatches]) for number in range(recipe.microbatches)]
+        batches = [make_batch(tokenizer, part).to(team.device) for part in parts]
+        counts = team.total(torch.stack([(batch.labels != _IGNORED).sum() for batch in batches]).to(torch.float64))
+        sampled, sums = [], []
+        for batch in batches:
+            sampled.append(tuple(dice.choice(group.sizes) for group in space.groups))
+            activate(model, space, sampled[-1])
+            with torch.autocast(team.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+                total = loss_of(batch)
+            # Gradients are averaged over the processes, and the loss is a mean over the step's tokens.
+            (total * (team.count / float(counts.sum()))).backward()
+            sums.append(total.detach().to(torch.float64))
+        losses = (team.total(torch.stack(sums)) / counts).tolist()
+        value = float(sum(loss * float(count) for loss, count in zip(losses, counts, strict=True)) / counts.sum())
         if not math.isfinite(value):
             raise BadInput(
                 "the training loss is not finite",
@@ -145,41 +116,52 @@ def train(
                 fix="lower learning_rate",
                 code="E_NAN",
             )
-        loss.backward()
+        team.average(parameters)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
-        losses.append(value)
+        samples += [Sample(len(samples) + i, sizes, losses[i]) for i, sizes in enumerate(sampled)]
         on_step(step, value)
     model.eval()
-    set_ranks(model, {})
-    return losses
+    activate(model, space, Selection())
+    return samples
+
+
+class _AnswerLoss(nn.Module):
+    """The training step's forward pass as one module, which is what FSDP needs to gather weights in time."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Cross-entropy summed over the answers' tokens."""
+        decoder, head = self.model.get_decoder(), self.model.get_output_embeddings()  # type: ignore[operator]
+        hidden = decoder(
+            input_ids=batch.ids, attention_mask=batch.visible, position_ids=batch.positions, use_cache=False
+        ).last_hidden_state
+        # Only positions that predict an answer token go through the head: the widest matrix of a small model.
+        predicting = batch.labels[:, 1:] != _IGNORED
+        logits = head(hidden[:, :-1][predicting])
+        return nn.functional.cross_entropy(logits.float(), batch.labels[:, 1:][predicting], reduction="sum")
 
 
 def batch_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean cross-entropy over the answers' tokens.
-
-    Only positions that predict an answer token go through the head: it is the widest matrix of a small model.
-    """
-    decoder, head = model.get_decoder(), model.get_output_embeddings()  # type: ignore[operator]
-    hidden = decoder(
-        input_ids=batch.ids, attention_mask=batch.visible, position_ids=batch.positions, use_cache=False
-    ).last_hidden_state
-    predicting = batch.labels[:, 1:] != _IGNORED
-    logits = head(hidden[:, :-1][predicting])
-    return nn.functional.cross_entropy(logits, batch.labels[:, 1:][predicting])
+    """Mean cross-entropy over the answers' tokens."""
+    total: Tensor = _AnswerLoss(model)(batch)
+    return total / (batch.labels != _IGNORED).sum()
 
 
 def make_batch(tokenizer: Any, items: list[Example]) -> Batch:
-    """Chat prompts with their answers in one sequence.
+    """Prompts with their answers in one sequence.
 
     Every chat prompt starts with the same system message; as a prefix that all items look at, it is computed once per
     step instead of once per item, and there is no padding. The result is that of separate rows.
     """
     rows, starts = [], []
     for item in items:
-        prompt = prompt_ids(tokenizer, item.prompt)
-        rows.append(prompt + [*tokenizer(item.answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id])
+        prompt, answer = encode_example(tokenizer, item)
+        rows.append([*prompt, *answer])
         starts.append(len(prompt))
     # The last token before an answer predicts it, so it has to stay in the item's own part.
     shared = min(_common_prefix(rows), min(starts) - 1)
@@ -205,22 +187,50 @@ def _common_prefix(rows: list[list[int]]) -> int:
     return length
 
 
-def save_adapter(model: nn.Module, recipe: FinetuneRecipe, base_model_name: str, out_dir: Path) -> None:
-    """Write the super-adapter in the reference's files: adapter_config.json, weights, elastic_adapter_config.json."""
+def save_adapter(
+    model: nn.Module,
+    recipe: FinetuneRecipe,
+    base_model_name: str,
+    out_dir: Path,
+    samples: Sequence[Sample] = (),
+    team: Team | None = None,
+) -> None:
+    """Write the super-adapter: adapter_config.json and weights as PEFT does, its search space, its training record.
+
+    Without NLS there is no search space and no record. Every process of a team has to call this; one of them writes.
+    """
+    team = team or Team()
+    branches = {name: layer.branch(team.gathered) for name, layer in elastic_layers(model)}
+    if not team.main:
+        return
     write_adapter(
         out_dir,
-        {name: layer.branch() for name, layer in elastic_layers(model)},
-        r=recipe.search_space[0],
+        branches,
+        r=recipe.rank,
         alpha=recipe.alpha,
-        target_modules=sorted(recipe.target_modules),
+        target_modules=sorted({leaf(name) for name in branches}),
         base_model_name=base_model_name,
-        sparse_adapter=recipe.method != "lora",
+        sparse_adapter=recipe.method in MASKED,
         quantization_aware=recipe.method == "qa_sparse_peft",
         dropout=recipe.dropout,
     )
-    groups = search_space(model, recipe)
-    if groups:
-        write_search_space(out_dir / ELASTIC_FILE, groups)
+    space = search_space(model, recipe)
+    if space.groups:
+        save_search_space(out_dir, space.groups)
+        if samples:
+            write_training_record(out_dir, space, samples)
+
+
+def _check_parts(recipe: FinetuneRecipe, items: int, processes: int) -> None:
+    smallest = min(recipe.batch_size, items) // recipe.microbatches
+    if smallest < processes:
+        raise UsageError(
+            "a microbatch has fewer items than there are processes",
+            where="finetune.batch_size",
+            expected=f"at least {processes * recipe.microbatches}, and as many items in the task",
+            found=f"{recipe.batch_size} of {items} items in {recipe.microbatches} microbatches",
+            fix="raise batch_size, or lower microbatches or the number of processes",
+        )
 
 
 def _rate(step: int, recipe: FinetuneRecipe) -> float:

@@ -66,5 +66,10 @@ def decoder_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
         yield from layer_linears(layer, f"{prefix}.{index}").items()
 
 
+def leaf(name: str) -> str:
+    """The last part of a module's name, by which recipes know it."""
+    return name.rpartition(".")[2]
+
+
 def _inside(name: str, found: list[tuple[str, nn.ModuleList]]) -> bool:
     return any(name.startswith(f"{outer}.") for outer, _ in found)

@@ -1,0 +1,52 @@
+"""The training record: which sub-network was active when, and at what loss. Searches take their first guesses from it.
+
+`training_record.jsonl` stands beside the adapter. Its first line says which search space the sizes are of, each
+further line is one sub-network that was trained on one microbatch:
+
+    {"space_sha256": "..."}
+    {"step": 0, "sizes": [32, 24, 16], "loss": 1.25}
+
+`step` counts sub-networks: it is the optimiser's step where a step has one microbatch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparseport.checkpoints.elastic import SearchSpace
+
+FILE_NAME = "training_record.jsonl"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sub-network on one microbatch.
+
+    step   number of the sample, from 0
+    sizes  a size for each group of the search space; empty without NLS
+    loss   mean cross-entropy over the answers' tokens of the microbatch, over all processes
+    """
+
+    step: int
+    sizes: tuple[int, ...]
+    loss: float
+
+
+def space_digest(space: SearchSpace) -> str:
+    """SHA-256 of the groups as canonical JSON: kinds, sizes and targets, in their order."""
+    content = [{"kind": g.kind, "sizes": list(g.sizes), "targets": list(g.targets)} for g in space.groups]
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def write_training_record(folder: Path, space: SearchSpace, samples: Sequence[Sample]) -> Path:
+    """Write the record beside an adapter and return the file."""
+    lines: list[dict[str, object]] = [{"space_sha256": space_digest(space)}]
+    lines += [{"step": sample.step, "sizes": list(sample.sizes), "loss": sample.loss} for sample in samples]
+    path = folder / FILE_NAME
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
