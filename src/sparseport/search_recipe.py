@@ -37,6 +37,11 @@ class SearchRecipe(Strict):
     split: Literal["validation"] = Field(
         "validation", description="part of the task to measure on; a choice made on the test split would spoil it"
     )
+    items: int | None = Field(None, ge=1, description="only the first items of that split; none: all")
+    metric: str | None = Field(
+        None, description="acc or acc_norm where answers are chosen (default acc_norm), else a rule of the task"
+    )
+    tokens: int = Field(64, ge=1, description="prompt length that macs are counted for, each as macs per token")
     seed: int = Field(0, ge=0)
     evaluations: int = Field(100, ge=3, description="at most so many sub-networks are measured")
     population: int = Field(20, ge=4, description="sub-networks in a generation (nsga2, rnsga2)")

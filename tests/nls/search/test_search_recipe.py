@@ -6,7 +6,8 @@ import pytest
 
 from sparseport.errors import BadInput
 from sparseport.nls.search.run import _EXTRAS, _LENGTH, _STEERING
-from sparseport.recipe import _SEARCH_OPTIONS, SearchRecipe, load_job
+from sparseport.recipe import SearchRecipe, load_job
+from sparseport.search_recipe import _SEARCH_OPTIONS
 
 RNSGA2 = {"strategy": "rnsga2", "reference_points": [[0.8, 1e9]]}
 
