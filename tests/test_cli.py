@@ -15,7 +15,7 @@ import pytest
 from sparseport import cli
 from sparseport.errors import FidelityError
 
-VERBS = ("export", "verify", "inspect", "demo")
+VERBS = ("export", "verify", "inspect", "demo", "evaluate")
 
 
 def run(capsys, *arguments):
