@@ -57,7 +57,7 @@ def main() -> None:
 
     from transformers import AutoTokenizer
 
-    from sparseport.nls.finetune import chat_text
+    from sparseport.nls.encoding import chat_text
     from sparseport.nls.reference import load_merged
     from sparseport.nls.tasks import load_task
 
@@ -65,7 +65,7 @@ def main() -> None:
     job, recipe = common.demo_job(options.work_dir)
     onnx = _onnx_folder(options.onnx or options.work_dir / "onnx", options.work_dir, recipe)
     assert job.finetune is not None
-    task = load_task(job.finetune.task)
+    task = load_task(job.finetune.task, job.finetune.data)
     items = task.test[: options.items]
     environments = options.environments.resolve()
     environments.mkdir(parents=True, exist_ok=True)
@@ -290,7 +290,7 @@ def _logits(model: Any, tokens: list[int]) -> Any:
 
 def _probe(tokenizer: Any, items: Any) -> list[int]:
     """Tokens to compare logits on: the first test dialogues, with their answers."""
-    from sparseport.nls.finetune import chat_text
+    from sparseport.nls.encoding import chat_text
 
     text = "".join(chat_text(tokenizer, item.prompt) + item.answer + tokenizer.eos_token + "\n" for item in items[:6])
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])

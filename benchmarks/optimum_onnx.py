@@ -77,7 +77,7 @@ def _prompts(folder: Path, count: int) -> list[dict[str, Any]]:
     """`text` and `tokens` of each prompt, by the folder's own tokenizer."""
     from transformers import AutoTokenizer
 
-    from sparseport.nls.finetune import chat_text
+    from sparseport.nls.encoding import chat_text
     from sparseport.nls.tasks import load_task
     from sparseport.verify.numerics import SAMPLE_TEXT
 

@@ -91,7 +91,7 @@ def _to_full_length(found: list[int], wanted: list[int], ends: int | list[int]) 
 
 
 def _prompts(tokenizer: Any, count: int) -> list[list[int]]:
-    from sparseport.nls.finetune import prompt_ids
+    from sparseport.nls.encoding import prompt_ids
     from sparseport.nls.tasks import load_task
 
     items = load_task("home-commands").test[: count // 2]

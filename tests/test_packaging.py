@@ -42,6 +42,7 @@ FLOORS = (
     {"compress"},
     {"inspection", "pipeline", "nls", "report"},
     {"bench", "integrations", "demo", "show"},
+    {"verbs"},
     {"cli", "doctor", "__main__"},
 )
 FLOOR_OF = {name: height for height, names in enumerate(FLOORS) for name in names}
@@ -50,6 +51,7 @@ FLOOR_OF = {name: height for height, names in enumerate(FLOORS) for name in name
 HEAVY = {
     *("accelerate", "datasets", "gguf", "nncf", "onnx", "onnxruntime", "onnxruntime_genai", "openvino"),
     *("openvino_genai", "openvino_tokenizers", "optimum", "peft", "safetensors", "tokenizers", "torch", "transformers"),
+    *("matplotlib", "pymoo", "ray"),
 }
 # The training core subclasses torch modules, and plugins subclass their hosts: they may need the extras at import.
 MAY_BE_HEAVY = ("sparseport.nls", "sparseport.integrations")

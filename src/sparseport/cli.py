@@ -17,6 +17,7 @@ from sparseport import __version__
 from sparseport.errors import EnvironmentProblem, SparseportError, UsageError, VerificationError
 from sparseport.offline import go_offline
 from sparseport.progress import Progress
+from sparseport.verbs import evaluate
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -93,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_verify(verbs)
     _add_inspect(verbs)
     _add_demo(verbs)
+    evaluate.add_evaluate(_verb(verbs, evaluate.NAME, evaluate.HELP, evaluate.EXAMPLE))
     return parser
 
 

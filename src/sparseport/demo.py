@@ -310,7 +310,8 @@ def _make_adapter(sparse: Path, int4: Path, job: Job, out: Path, progress: Progr
     assert recipe is not None
     model = load_for_training(sparse, recipe, int4 if recipe.method == "qa_sparse_peft" else None)
     with progress.task("fine-tuning (NLS)", recipe.steps) as step:
-        samples = train(model, AutoTokenizer.from_pretrained(sparse), load_task(recipe.task), recipe, lambda *_: step())
+        task = load_task(recipe.task, recipe.data)
+        samples = train(model, AutoTokenizer.from_pretrained(sparse), task, recipe, lambda *_: step())
     losses = [sample.loss for sample in samples]
     progress.note(f"loss {losses[0]:.2f} -> {sum(losses[-5:]) / len(losses[-5:]):.3f}")
     save_adapter(model, recipe, sparse.name, out, samples)
@@ -332,7 +333,7 @@ def _measure(job: Job, base: Path, recipe: Recipe, exported: Path, progress: Pro
     from sparseport.nls.tasks import load_task
 
     assert job.finetune is not None and recipe.sparse_base is not None
-    task = load_task(job.finetune.task)
+    task = load_task(job.finetune.task, job.finetune.data)
     items = task.test[: job.finetune.test_items]
     tokenizer = AutoTokenizer.from_pretrained(base)
     merged_sparsity = certified_sparsity(Certificate.read(exported).totals)
@@ -344,7 +345,7 @@ def _measure(job: Job, base: Path, recipe: Recipe, exported: Path, progress: Pro
         ("fine-tuned and merged, torch", lambda: load_merged(recipe), None, merged_sparsity),
     ):
         model = load()
-        with progress.task(f"answering: {label}", -(-len(items) // 25)) as step:
+        with progress.task(f"answering: {label}", len(items)) as step:
             answers[label] = answers_torch(model, tokenizer, items, step)
         del model
         table.append(_row(label, accuracy(answers[label], items), folder, share))
@@ -418,13 +419,14 @@ def _model_and_calibration(folder: Path, job: Job) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from sparseport.nls.calibration import calibration_batches
-    from sparseport.nls.finetune import chat_text
+    from sparseport.nls.encoding import prompt_text
     from sparseport.nls.tasks import load_task
 
     assert job.sparsify is not None and job.finetune is not None
     tokenizer = AutoTokenizer.from_pretrained(folder)
     general = (Path(__file__).parent / "nls" / "calibration.txt").read_text(encoding="utf-8").splitlines()
-    texts = general + [chat_text(tokenizer, item.prompt) for item in load_task(job.finetune.task).train[:128]]
+    task = load_task(job.finetune.task, job.finetune.data)
+    texts = general + [prompt_text(tokenizer, item) for item in task.train[:128]]
     batches = calibration_batches(
         tokenizer, texts, samples=job.sparsify.samples, sequence_length=job.sparsify.sequence_length, seed=0
     )

@@ -1,4 +1,4 @@
-"""Which packages a target needs, and what to install if one is missing."""
+"""Which packages a target or a kind of search needs, and what to install if one is missing."""
 
 from __future__ import annotations
 
@@ -10,26 +10,30 @@ from sparseport.errors import EnvironmentProblem
 EXTRAS = {
     "openvino": ("nncf", "openvino", "openvino_tokenizers", "optimum", "torch", "transformers"),
     "onnx": ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai", "torch", "transformers"),
+    "search": ("pymoo", "matplotlib"),
+    "distributed": ("ray",),
 }
-"""Extra of this package, which has its target's name -> packages that have to be there, by the names of imports."""
+"""Extra of this package (a target's has its name) -> packages that have to be there, by the names of imports."""
+
+_USERS = {"search": "an evolutionary search or its picture", "distributed": "a search on Ray"}
 
 
-def require_packages(targets: Iterable[str]) -> None:
-    """Refuse to start an export that would fail at its end.
+def require_packages(extras: Iterable[str]) -> None:
+    """Refuse to start an export or a search that would fail at its end.
 
     Raises:
         EnvironmentProblem: names the first missing package, and the extra that brings it.
     """
-    for target in targets:
-        for name in EXTRAS[target]:
+    for extra in extras:
+        for name in EXTRAS[extra]:
             if find_spec(name) is None:
-                raise missing(name, target)
+                raise missing(name, extra)
 
 
-def missing(name: str | None, target: str) -> EnvironmentProblem:
-    """The error for a package that a target needs and that is not installed."""
+def missing(name: str | None, extra: str) -> EnvironmentProblem:
+    """The error for a package of an extra that is needed and not installed."""
     return EnvironmentProblem(
-        f"the target {target} needs a package that is not installed",
+        f"{_USERS.get(extra, f'the target {extra}')} needs a package that is not installed",
         where=name,
-        fix=f"pip install 'sparseport[{target}]'",
+        fix=f"pip install 'sparseport[{extra}]'",
     )

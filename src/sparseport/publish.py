@@ -48,7 +48,7 @@ def staged_output(output: Path, overwrite: bool = False, ours: Callable[[Path], 
         raise EnvironmentProblem("the output's folder is not writable", where=parent)
     # The role comes before the name: with the name first, the stage of `m.old` would be what is set aside for `m`.
     stage, aside, lock = (parent / f"{TEMP_PREFIX}{role}-{output.name}" for role in ("stage", "aside", "lock"))
-    with _locked(lock, output):
+    with locked(lock, output):
         if aside.exists() and not output.exists() and (ours is None or ours(aside)):
             # A run was killed between its two renames: the old output is still whole. Unrecognised it is what
             # another killed run had begun to delete.
@@ -73,7 +73,7 @@ def staged_output(output: Path, overwrite: bool = False, ours: Callable[[Path], 
             if output.exists():
                 output.rename(aside)
             stage.rename(output)
-            _sync_folder(parent)
+            sync_folder(parent)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 free = shutil.disk_usage(parent).free >> 20
@@ -120,12 +120,22 @@ def check_space(output: Path, needed: int) -> None:
 
 
 @contextmanager
-def _locked(lock: Path, output: Path) -> Iterator[None]:
-    """Hold an advisory lock that dies with the process."""
+def locked(lock: Path, output: Path, what: str = "export") -> Iterator[None]:
+    """Hold an advisory lock that dies with the process.
+
+    Args:
+        lock: file to lock; made, and removed at the end.
+        output: what only one process may write, for the message.
+        what: what that process does, for the message.
+
+    Raises:
+        OutputExists: E_LOCKED, another process holds the lock.
+        EnvironmentProblem: the lock file cannot be made.
+    """
     try:
         import fcntl
     except ImportError:  # Windows: an exclusive file instead
-        with _exclusive_file(lock, output):
+        with _exclusive_file(lock, output, what):
             yield
         return
     while True:
@@ -137,7 +147,7 @@ def _locked(lock: Path, output: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             os.close(handle)
-            raise OutputExists("another export is writing this output", where=output, code="E_LOCKED") from error
+            raise OutputExists(f"another {what} is writing this output", where=output, code="E_LOCKED") from error
         if _is_at(handle, lock):
             break
         os.close(handle)  # its owner removed the file between our open and our lock: lock the new one
@@ -158,15 +168,15 @@ def _is_at(handle: int, path: Path) -> bool:
 
 
 @contextmanager
-def _exclusive_file(lock: Path, output: Path) -> Iterator[None]:
+def _exclusive_file(lock: Path, output: Path, what: str) -> Iterator[None]:
     try:
         handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError as error:
         raise OutputExists(
-            "another export is writing this output",
+            f"another {what} is writing this output",
             where=output,
             code="E_LOCKED",
-            fix=f"if no export is running, delete {lock.name}",
+            fix=f"if no {what} is running, delete {lock.name}",
         ) from error
     try:
         yield
@@ -180,10 +190,11 @@ def _sync_tree(folder: Path) -> None:
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Put the names of new files in a folder on disk."""
     if os.name != "posix":
         return
     handle = os.open(folder, os.O_RDONLY)

@@ -120,7 +120,8 @@ class FinetuneRecipe(Strict):
     """
 
     method: Method = "qa_sparse_peft"
-    task: str = Field("home-commands", description="a task that ships with the package, or a JSONL file")
+    task: str = Field("home-commands", description="home-commands, a task of a data set, or a JSONL file")
+    data: Path | None = Field(None, description="folder of the data sets, for their tasks (arc-easy, gsm8k, ...)")
     target_modules: tuple[str, ...] | Literal["all-linear"] = Field(
         (*_QKV, "up_proj", "down_proj"),
         min_length=1,

@@ -17,6 +17,7 @@ from sparseport.checkpoints.peft import write_adapter
 from sparseport.errors import BadInput, UsageError
 from sparseport.nls.activation import activate
 from sparseport.nls.elastic import elastic_layers
+from sparseport.nls.encoding import encode_example
 from sparseport.nls.linears import leaf
 from sparseport.nls.load import MASKED
 from sparseport.nls.record import Sample, write_training_record
@@ -152,15 +153,15 @@ def batch_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def make_batch(tokenizer: Any, items: list[Example]) -> Batch:
-    """Chat prompts with their answers in one sequence.
+    """Prompts with their answers in one sequence.
 
-    Every chat prompt starts with the same system message; as a prefix that all items look at, it is computed once per
+    Chat prompts all start with the same system message; as a prefix that all items look at, it is computed once per
     step instead of once per item, and there is no padding. The result is that of separate rows.
     """
     rows, starts = [], []
     for item in items:
-        prompt = prompt_ids(tokenizer, item.prompt)
-        rows.append(prompt + [*tokenizer(item.answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id])
+        prompt, answer = encode_example(tokenizer, item)
+        rows.append(prompt + answer)
         starts.append(len(prompt))
     # The last token before an answer predicts it, so it has to stay in the item's own part.
     shared = min(_common_prefix(rows), min(starts) - 1)
@@ -184,17 +185,6 @@ def _common_prefix(rows: list[list[int]]) -> int:
             break
         length += 1
     return length
-
-
-def chat_text(tokenizer: Any, prompt: str) -> str:
-    """A user's message through the model's own chat template, as a chat application would send it."""
-    message = [{"role": "user", "content": prompt}]
-    return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
-
-
-def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
-    """Token ids of `chat_text`."""
-    return list(tokenizer(chat_text(tokenizer, prompt), add_special_tokens=False)["input_ids"])
 
 
 def save_adapter(

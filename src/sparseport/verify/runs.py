@@ -1,11 +1,11 @@
-"""Logits of a written folder, computed by its runtime: the settings to compare, and how each engine is fed.
+"""Logits of a written folder, computed by its runtime: the settings to compare.
 
 Every run reads a prefill in one go and then feeds one token at a time through the KV cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy.typing as npt
 from sparseport.checkpoints.json_files import read_json
 from sparseport.checkpoints.sub_config import block_of, smaller_shapes
 from sparseport.targets.onnx.products import EXACT_LEVEL, FAST_LEVEL
+from sparseport.verify.sessions import OnnxSession, OpenVinoSession, Session, feeds
 
 F32 = npt.NDArray[np.float32]
 
@@ -73,14 +74,13 @@ def _onnx_runs(folder: Path) -> list[Run]:
     import onnx
 
     model = onnx.load(folder / "model.onnx", load_external_data=False)
-    written = accuracy_levels(model)
-    fused = any(node.op_type == "DequantizeLinear" for node in model.graph.node)
+    written, level = accuracy_levels(model), _exact_level(model)
 
     def run(level: int | None) -> Callable[[list[int]], F32]:
         return lambda tokens: onnx_logits(folder, tokens, level)
 
-    exact = {"accuracy_level": str(EXACT_LEVEL)} if written or fused else {}
-    runs = [Run("full_precision", run(EXACT_LEVEL if exact else None), exact, judged=True)]
+    exact = {} if level is None else {"accuracy_level": str(level)}
+    runs = [Run("full_precision", run(level), exact, judged=True)]
     runs.append(Run("default", run(None), {"accuracy_level": str(min(written))} if written else {}))
     if written and FAST_LEVEL not in written:
         runs.append(Run("fast", run(FAST_LEVEL), {"accuracy_level": str(FAST_LEVEL)}))
@@ -137,15 +137,25 @@ def onnx_session(folder: Path, level: int | None = None, threads: int = 0) -> An
 
 def onnx_logits(folder: Path, tokens: list[int], level: int | None = None) -> F32:
     """Logits [tokens, vocabulary] of an ONNX folder; see `onnx_session`."""
-    session = onnx_session(folder, level)
-    cache = empty_cache(folder, [port.name for port in session.get_inputs()])
-    names = [port.name for port in session.get_outputs()]
-    pieces = []
-    for feed in _feeds(tokens, {port.name for port in session.get_inputs()}):
-        result = dict(zip(names, session.run(None, {**feed, **cache}), strict=True))
-        pieces.append(np.array(result.pop("logits")[0], np.float32))
-        cache = {name.replace("present", "past_key_values"): value for name, value in result.items()}
-    return np.concatenate(pieces)
+    return _logits(open_onnx(folder, level), tokens)
+
+
+def open_onnx(folder: Path, level: int | None = None, threads: int = 0) -> OnnxSession:
+    """An ONNX folder, ready to read tokens; arguments as for `onnx_session`."""
+    session = onnx_session(folder, level, threads)
+    return OnnxSession(session, empty_cache(folder, [port.name for port in session.get_inputs()]))
+
+
+def exact_level(folder: Path) -> int | None:
+    """The accuracy level that makes an ONNX folder compute in float32; None if it has no choice to make."""
+    import onnx
+
+    return _exact_level(onnx.load(folder / "model.onnx", load_external_data=False))
+
+
+def _exact_level(model: Any) -> int | None:
+    fused = any(node.op_type == "DequantizeLinear" for node in model.graph.node)
+    return EXACT_LEVEL if accuracy_levels(model) or fused else None
 
 
 def empty_cache(folder: Path, inputs: list[str]) -> dict[str, F32]:
@@ -174,13 +184,7 @@ def openvino_logits(model: Any, tokens: list[int], settings: dict[str, str]) -> 
     """Logits [tokens, vocabulary] of an IR whose KV cache is state of the model."""
     import openvino as ov
 
-    request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()
-    inputs = {name for port in request.model_inputs for name in port.get_names()}
-    pieces = []
-    for feed in _feeds(tokens, inputs):
-        request.infer(feed)
-        pieces.append(np.array(request.get_tensor("logits").data[0], np.float32))
-    return np.concatenate(pieces)
+    return _logits(OpenVinoSession(ov.Core().compile_model(model, "CPU", settings)), tokens)
 
 
 def openvino_logits_of_onnx(folder: Path, tokens: list[int], settings: dict[str, str]) -> F32:
@@ -191,23 +195,20 @@ def openvino_logits_of_onnx(folder: Path, tokens: list[int], settings: dict[str,
     compiled = core.compile_model(core.read_model(folder / "model.onnx"), "CPU", settings)
     inputs = [port.get_any_name() for port in compiled.inputs]
     cache = empty_cache(folder, inputs)
-    pieces = []
-    for feed in _feeds(tokens, set(inputs)):
+    pieces, seen = [], 0
+    for chunk in _chunks(tokens):
+        seen += len(chunk)
+        feed = feeds(np.array([chunk], np.int64), seen, set(inputs))
         result = {port.get_any_name(): np.array(value) for port, value in compiled({**feed, **cache}).items()}
         pieces.append(result.pop("logits")[0].astype(np.float32))
         cache = {name.replace("present", "past_key_values"): value for name, value in result.items()}
     return np.concatenate(pieces)
 
 
-def _feeds(tokens: list[int], inputs: set[str]) -> Iterator[dict[str, npt.NDArray[Any]]]:
-    """What each step is fed, as far as the graph has such inputs: the prefill, then token by token."""
-    seen = 0
-    for chunk in [tokens[:PREFILL_TOKENS], *([token] for token in tokens[PREFILL_TOKENS:])]:
-        seen += len(chunk)
-        feed: dict[str, npt.NDArray[Any]] = {
-            "input_ids": np.array([chunk], np.int64),
-            "attention_mask": np.ones((1, seen), np.int64),
-            "position_ids": np.arange(seen - len(chunk), seen, dtype=np.int64)[None],
-            "beam_idx": np.zeros(1, np.int32),
-        }
-        yield {name: value for name, value in feed.items() if name in inputs}
+def _logits(session: Session, tokens: list[int]) -> F32:
+    return np.concatenate([session.read(chunk) for chunk in _chunks(tokens)])
+
+
+def _chunks(tokens: list[int]) -> list[list[int]]:
+    """The prefill, then token by token."""
+    return [tokens[:PREFILL_TOKENS], *([token] for token in tokens[PREFILL_TOKENS:])]
