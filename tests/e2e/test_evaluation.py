@@ -115,7 +115,7 @@ def test_an_int4_checkpoint_runs_in_torch(tiny_int4: Path, task: Task) -> None:
     from transformers import AutoTokenizer
 
     from sparseport.nls.engines import TorchEngine
-    from sparseport.nls.reference import load_int4
+    from sparseport.nls.load import load_int4
     from sparseport.nls.scoring import score_choices
 
     run = evaluate(tiny_int4, task, split="validation")

@@ -15,10 +15,10 @@ from sparseport.checkpoints.elastic import FILE_NAME, read_search_space  # noqa:
 from sparseport.checkpoints.peft import AdapterFolder  # noqa: E402
 from sparseport.errors import BadInput  # noqa: E402
 from sparseport.nls.elastic import elastic_layers  # noqa: E402
+from sparseport.nls.encoding import prompt_ids  # noqa: E402
 from sparseport.nls.finetune import (  # noqa: E402
     batch_loss,
     make_batch,
-    prompt_ids,
     save_adapter,
     train,
 )

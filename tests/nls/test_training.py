@@ -20,8 +20,10 @@ from sparseport.nls.activation import activate  # noqa: E402
 from sparseport.nls.elastic import elastic_layers  # noqa: E402
 from sparseport.nls.finetune import batch_loss, make_batch, save_adapter, train  # noqa: E402
 from sparseport.nls.load import load_for_training  # noqa: E402
-from sparseport.nls.record import FILE_NAME, Sample, space_digest  # noqa: E402
+from sparseport.nls.record import FILE_NAME, Sample  # noqa: E402
 from sparseport.nls.reference import code_differences, load_merged  # noqa: E402
+from sparseport.nls.search.candidates import space_digest  # noqa: E402
+from sparseport.nls.search.heuristics import read_training_record  # noqa: E402
 from sparseport.nls.space import search_space  # noqa: E402
 from sparseport.nls.tasks import Example, Task  # noqa: E402
 from sparseport.recipe import FinetuneRecipe, make_recipe  # noqa: E402
@@ -82,18 +84,11 @@ def test_every_dimension_is_sampled_and_recorded(tiny_base, tokenizer, tmp_path,
 
     save_adapter(model, wanted, "tiny", tmp_path, samples)
     lines = [json.loads(line) for line in (tmp_path / FILE_NAME).read_text(encoding="utf-8").splitlines()]
-    assert lines[0] == {"space_sha256": space_digest(open_search_space(tmp_path / "search_space.json"))}
+    assert lines[0] == {"space_sha256": space_digest(space.groups)}
     assert lines[1:] == [{"step": s.step, "sizes": list(s.sizes), "loss": s.loss} for s in samples]
     assert [line["step"] for line in lines[1:]] == list(range(24))
-
-
-def test_the_digest_is_of_the_groups_and_their_order(tiny_base, tokenizer):
-    model = load_for_training(tiny_base, recipe())
-    space = search_space(model, recipe())
-    other = search_space(model, recipe(heads=[]))
-    turned = type(space)(tuple(reversed(space.groups)))
-    assert len({space_digest(one) for one in (space, other, turned)}) == 3
-    assert space_digest(space) == space_digest(search_space(model, recipe()))
+    groups = open_search_space(tmp_path / "search_space.json").groups
+    assert [read.candidate for read in read_training_record(tmp_path / FILE_NAME, groups)] == active[:-1]
 
 
 def test_microbatches_have_sub_networks_of_their_own(tiny_base, tokenizer):

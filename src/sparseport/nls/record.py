@@ -11,15 +11,14 @@ further line is one sub-network that was trained on one microbatch:
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sparseport.checkpoints.elastic import SearchSpace
-
-FILE_NAME = "training_record.jsonl"
+from sparseport.nls.search.candidates import space_digest
+from sparseport.nls.search.heuristics import FILE_NAME
 
 
 @dataclass(frozen=True)
@@ -36,16 +35,9 @@ class Sample:
     loss: float
 
 
-def space_digest(space: SearchSpace) -> str:
-    """SHA-256 of the groups as canonical JSON: kinds, sizes and targets, in their order."""
-    content = [{"kind": g.kind, "sizes": list(g.sizes), "targets": list(g.targets)} for g in space.groups]
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(text.encode("ascii")).hexdigest()
-
-
 def write_training_record(folder: Path, space: SearchSpace, samples: Sequence[Sample]) -> Path:
     """Write the record beside an adapter and return the file."""
-    lines: list[dict[str, object]] = [{"space_sha256": space_digest(space)}]
+    lines: list[dict[str, object]] = [{"space_sha256": space_digest(space.groups)}]
     lines += [{"step": sample.step, "sizes": list(sample.sizes), "loss": sample.loss} for sample in samples]
     path = folder / FILE_NAME
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

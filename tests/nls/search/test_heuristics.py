@@ -11,13 +11,15 @@ from toy import GROUPS, SIZES, everything
 
 from sparseport.errors import BadInput
 from sparseport.nls.search import heuristics
+from sparseport.nls.search.candidates import space_digest
 from sparseport.nls.search.heuristics import Sample, lowest_loss, most_sampled, read_training_record
 
 A, B, C = (32, 32, 64, 1), (24, 32, 64, 1), (16, 16, 16, 0)
 
 
 def write(path, entries):
-    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+    lines = [{"space_sha256": space_digest(GROUPS)}, *entries]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return path
 
 
@@ -31,6 +33,7 @@ def test_a_record_reads_back(tmp_path):
     assert read_training_record(path, GROUPS) == [Sample(A, 1.0)]
 
 
+HEADER = json.dumps({"space_sha256": space_digest(GROUPS)}).encode() + b"\n"
 GOOD = b'{"step": 0, "sizes": [32, 32, 64, 1], "loss": 1.5}\n'
 
 
@@ -59,10 +62,29 @@ GOOD = b'{"step": 0, "sizes": [32, 32, 64, 1], "loss": 1.5}\n'
 def test_a_damaged_line_is_refused_by_its_number(tmp_path, monkeypatch, second, code):
     monkeypatch.setattr(heuristics, "_MAX_LINE", 200)
     path = tmp_path / "record"
-    path.write_bytes(GOOD + second)
+    path.write_bytes(HEADER + GOOD + second)
     with pytest.raises(BadInput) as raised:
         read_training_record(path, GROUPS)
-    assert raised.value.code == code and raised.value.where.startswith(f"{path}, line 2")
+    assert raised.value.code == code and raised.value.where.startswith(f"{path}, line 3")
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        b"",
+        GOOD,
+        HEADER.replace(b"space", b"other"),
+        HEADER.replace(b"{", b'{"a": 1, '),
+        b'{"space_sha256": "' + b"0" * 64 + b'"}\n',
+        b'{"space_sha256": 7}\n',
+    ],
+)
+def test_a_record_of_another_space_or_of_none_is_refused(tmp_path, first):
+    path = tmp_path / "record"
+    path.write_bytes(first + GOOD)
+    with pytest.raises(BadInput, match="E_RECORD") as raised:
+        read_training_record(path, GROUPS)
+    assert raised.value.where.startswith(f"{path}, line 1")
 
 
 def test_records_that_are_empty_missing_or_too_large_are_refused(tmp_path, monkeypatch):
@@ -72,9 +94,9 @@ def test_records_that_are_empty_missing_or_too_large_are_refused(tmp_path, monke
     path.touch()
     with pytest.raises(BadInput, match="the training record is empty"):
         read_training_record(path, GROUPS)
-    path.write_bytes(GOOD + GOOD.replace(b"0", b"1", 1))
+    path.write_bytes(HEADER + GOOD + GOOD.replace(b"0", b"1", 1))
     assert len(read_training_record(path, GROUPS)) == 2
-    monkeypatch.setattr(heuristics, "_MAX_BYTES", len(GOOD))
+    monkeypatch.setattr(heuristics, "_MAX_BYTES", len(HEADER + GOOD))
     with pytest.raises(BadInput, match="E_LIMIT"):
         read_training_record(path, GROUPS)
 

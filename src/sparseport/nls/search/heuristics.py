@@ -1,7 +1,9 @@
 """Guesses that cost no search: from the losses and the samples of the training that made the super-adapter.
 
-The trainer writes one line per step into `training_record.jsonl`:
+The trainer writes into `training_record.jsonl` which search space it trained, and one line per sub-network that it
+sampled:
 
+    {"space_sha256": "..."}
     {"step": 0, "sizes": [32, 24, 16], "loss": 1.25}
 """
 
@@ -16,11 +18,12 @@ from pathlib import Path
 from sparseport.checkpoints.json_files import parse_json
 from sparseport.checkpoints.paths import open_regular
 from sparseport.errors import BadInput
-from sparseport.nls.search.candidates import Candidate, Group, Sizes, check_candidate
+from sparseport.nls.search.candidates import Candidate, Group, Sizes, check_candidate, space_digest
 
 FILE_NAME = "training_record.jsonl"
 _MAX_BYTES = 1 << 30
 _MAX_LINE = 1 << 20
+_HEADER = "space_sha256"
 _KEYS = {"step", "sizes", "loss"}
 
 
@@ -36,8 +39,8 @@ def read_training_record(path: Path, groups: Sequence[Group]) -> list[Sample]:
     """The steps of a training run, in their order.
 
     Raises:
-        BadInput: E_RECORD, with the line's number, for a line that is no step, a step out of order, or a loss that is
-            not finite; E_ELASTIC for sizes outside the search space; E_LIMIT for a file over 1 GiB or a line over
+        BadInput: E_RECORD for a record of another search space, and, with the line's number, for a line that is no
+            step, a step out of order, or a loss that is not finite; E_ELASTIC for sizes outside the search space; E_LIMIT for a file over 1 GiB or a line over
             1 MiB; E_MISSING or E_PATH.
     """
     samples: list[Sample] = []
@@ -56,6 +59,9 @@ def read_training_record(path: Path, groups: Sequence[Group]) -> list[Sample]:
                     code="E_LIMIT",
                 )
             entry = parse_json(line, where=where, what="training record", code="E_RECORD")
+            if number == 1:
+                _check_header(entry, groups, where, line)
+                continue
             if not isinstance(entry, dict) or set(entry) != _KEYS or not line.endswith(b"\n"):
                 raise _damaged(where, '{"step": ..., "sizes": [...], "loss": ...} and the end of the line', line)
             step, loss = entry["step"], entry["loss"]
@@ -68,6 +74,20 @@ def read_training_record(path: Path, groups: Sequence[Group]) -> list[Sample]:
     if not samples:
         raise BadInput("the training record is empty", where=path, fix="train again", code="E_RECORD")
     return samples
+
+
+def _check_header(entry: object, groups: Sequence[Group], where: str, line: bytes) -> None:
+    if not isinstance(entry, dict) or set(entry) != {_HEADER}:
+        raise _damaged(where, f'{{"{_HEADER}": "..."}}', line)
+    if entry[_HEADER] != space_digest(groups):
+        raise BadInput(
+            "the training record is of another search space",
+            where=where,
+            expected=space_digest(groups),
+            found=repr(entry[_HEADER])[:80],
+            fix="take record and search space from one training's output folder",
+            code="E_RECORD",
+        )
 
 
 def lowest_loss(samples: Iterable[Sample], number: int, *, minimum_samples: int = 1) -> list[Candidate]:
