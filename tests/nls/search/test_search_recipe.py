@@ -84,4 +84,4 @@ def test_every_setting_of_a_strategy_is_steering_length_or_neither_for_all():
     for strategy in _STEERING:
         known = {name for name, owners in owned.items() if strategy in owners}
         assert known == {*_STEERING[strategy], *_LENGTH[strategy]} - {"seed"}
-        assert strategy in _EXTRAS
+        assert ("seed" in _STEERING[strategy]) is (strategy != "heuristics") and strategy in _EXTRAS
