@@ -36,6 +36,7 @@ FLOORS = (
     {"targets"},
     {"merge", "verify"},
     {"sources"},
+    {"branches"},
     {"plan"},
     {"merging", "evidence"},
     {"compress"},

@@ -141,6 +141,17 @@ def _add_export(verbs: Any) -> None:
     )
     _add_reading(verb)
     verb.add_argument(
+        "--branches",
+        choices=["refuse", "graph", "adapter"],
+        help="an adapter that no merge keeps exact (dense on a sparse or INT4 base): refuse (default), keep it beside "
+        "its base in the graph, or as a file that the runtime switches on and off",
+    )
+    verb.add_argument(
+        "--branch-dtype",
+        choices=["stored", "fp16"],
+        help="dtype of un-merged branches: as in the adapter's files (default), or rounded to float16",
+    )
+    verb.add_argument(
         "--mask-policy",
         choices=["strict", "keep-codes", "reapply"],
         help="when an input breaks its own mask: refuse (default), keep and record, or prune again",
@@ -240,6 +251,8 @@ _EXPORT_FIELDS = (
     "gguf_dtype",
     "nncf_base_dtype",
     *_READING,
+    "branches",
+    "branch_dtype",
     "mask_policy",
     "tokenizer",
     "numerics",

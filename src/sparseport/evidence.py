@@ -33,9 +33,10 @@ def linear_facts(layer: LayerPlan, merged: Merged, sources: Sources, recipe: Rec
         "weight_sha256": _written_digest(weight),
         "readback": {},
     }
-    if layer.rank is not None:
+    merges = layer.rank is not None and layer.rule not in ("carry", "branch")
+    if merges:
         facts |= {"rank": layer.rank}
-    if layer.rank is not None and sources.adapter is not None:
+    if merges and sources.adapter is not None:
         facts |= {"scaling": decimal(sources.branch(layer.module).scaling)}
     if layer.rule == "qa_sparse_peft":
         facts |= {"rounding": recipe.rounding.value, "compute_dtype": "float32"}
@@ -80,6 +81,8 @@ def for_target(linears: Facts, layers: Plan, target: Target) -> Facts:
         own[layer.module]["stored"] = form.label
         if form.layout is not None:
             own[layer.module]["stored_group_size"] = form.layout.block
+        if "branch" in own[layer.module]:
+            own[layer.module]["branch"] = own[layer.module]["branch"][target]
     return own
 
 

@@ -38,7 +38,7 @@ def merge_planned(recipe: Recipe, sources: Sources, layer: LayerPlan) -> Merged:
         base = sources.dense(layer.module, layer.rule)
         if sources.mask_available(layer.module):
             sparse = sources.sparse_dense(layer.module)
-    branch = None if layer.rule == "carry" else sources.branch(layer.module)
+    branch = None if layer.rank is None else sources.branch(layer.module)
     return merge_layer(
         layer.rule, base, branch, sparse, layer.module, rounding=recipe.rounding, mask_policy=recipe.mask_policy
     )

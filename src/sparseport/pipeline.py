@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from sparseport.branches import branch_notes, hand_over
 from sparseport.compress import compress_folder
 from sparseport.evidence import Facts, for_target, linear_facts, recipe_facts, revived_note, totals
 from sparseport.extras import require_packages
@@ -132,6 +133,8 @@ def _export(
                 merged = _merge_all(recipe, sources, layers, writers, step)
             layers.notes.extend(revived_note(merged))
             linears = {target: for_target(merged, layers, target) for target in recipe.target}
+            for target in recipe.target:
+                layers.notes.extend(branch_notes(linears[target], target, recipe.branch_dtype))
             tensors = _add_tensors(recipe, sources, layers, writers)
             with progress.task("hashing inputs"):
                 inputs = sources.facts()
@@ -201,6 +204,8 @@ def _merge_all(
         for target, writer in writers.items():
             writer.add_linear(layer.module, merged.weight, layer.stored[target].layout)
         facts[layer.module] = linear_facts(layer, merged, sources, recipe)
+        if merged.branch is not None:
+            facts[layer.module]["branch"] = hand_over(layer.module, merged.branch, writers, recipe)
         sources.release()
         step()
     return facts

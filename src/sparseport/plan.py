@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sparseport.branches import WAY_OUT, branch_rule, require_branches
 from sparseport.checkpoints.dialect import LayerFormat
 from sparseport.errors import BadInput, EnvironmentProblem, FidelityError, SparseportError, Unsupported
 from sparseport.recipe import Recipe, Target
@@ -41,11 +42,11 @@ _COMPUTED = (".rotary_emb.inv_freq",)
 class LayerPlan:
     """One linear layer's way through the export.
 
-    rule          carry, lora, sparse_peft, qa_sparse_peft or fq_lora
+    rule          carry, lora, sparse_peft, qa_sparse_peft, fq_lora, or branch (carried, with its adapter beside it)
     source        format in the checkpoint (`int4 g64 asym`, `float16`)
     stored        target -> form in the output
     group_size    columns per group in the source, or None
-    rank          active adapter rank, or None
+    rank          active adapter rank, or None; of a carried layer it is that of a branch in an adapter's file
     refusal       why this layer cannot be exported, or None
     """
 
@@ -159,6 +160,7 @@ def make_plan(recipe: Recipe, sources: Sources) -> Plan:
 def _problem(recipe: Recipe, sources: Sources) -> SparseportError | None:
     try:
         require_head_size(recipe, sources.base.config, str(sources.base.path))
+        require_branches(recipe, sources)
     except SparseportError as error:
         return error
     return None
@@ -220,7 +222,7 @@ def _plan_layer(module: str, adapted: bool, recipe: Recipe, sources: Sources) ->
         return _plan_fq_lora(module, form, recipe, sources)
     if adapted:
         rank = sources.rank_of(module)
-        rule = _rule(module, form.quantized, sources)
+        rule = branch_rule(recipe) if recipe.branches != "refuse" else _rule(module, form.quantized, sources)
     if form.group_size is not None:
         assert form.bits is not None
         targets = {
@@ -297,7 +299,7 @@ def _rule(module: str, quantized: bool, sources: Sources) -> str:
             "merging this adapter into INT4 would re-quantise the base",
             where=module,
             code="E_RULE",
-            fix="train it with quantization_aware (QA-SparsePEFT), or merge into the floating-point base",
+            fix=f"{WAY_OUT}; or train it with quantization_aware (QA-SparsePEFT)",
         )
     if adapter.sparse_adapter:
         pruned = sources.dense(module).mask is not None
@@ -318,7 +320,7 @@ def _rule(module: str, quantized: bool, sources: Sources) -> str:
             where=module,
             found=f"{int(mask.size - np.count_nonzero(mask))} of {mask.size} weights are zero",
             code="E_RULE",
-            fix="train with sparse_adapter (SparsePEFT) and merge with rule sparse_peft",
+            fix=f"{WAY_OUT}; or train it with sparse_adapter (SparsePEFT)",
         )
     return "lora"
 
@@ -342,7 +344,7 @@ def _notes(recipe: Recipe, sources: Sources, layers: list[LayerPlan]) -> list[st
     if computed := _computed_frequencies(sources):
         notes.append(f"{len(computed)} rotary frequency tensors are left out: the graph computes them from the config")
     notes += _regrouping(layers)
-    if any(layer.group_size and layer.rule == "carry" for layer in layers) and sources.sparse is None:
+    if any(layer.group_size and layer.rule in ("carry", "branch") for layer in layers) and sources.sparse is None:
         notes.append(
             "no sparse base was given: pruned weights cannot be told from weights that are zero by rounding, "
             "so the certificate states digests but no mask"

@@ -180,6 +180,11 @@ def _is_true_or_false(value: object) -> bool:
     return isinstance(value, bool)
 
 
+def _is_branch(value: object) -> bool:
+    """What the certificate says of an un-merged branch; `readback` names the target alone, as that of a weight."""
+    return isinstance(value, dict) and _is_text(value.get("branch_sha256")) and _is_read_back(value.get("readback"))
+
+
 _Checks = dict[str, Callable[[object], bool]]
 # What verification and inspection rely on: part -> key -> what its value has to be.
 _OF_EVERY_ENTRY: dict[str, _Checks] = {
@@ -192,6 +197,7 @@ _WHERE_PRESENT: _Checks = {
     "tied_head": _is_true_or_false,
     "places": _is_names,
     "added": _is_count,
+    "branch": _is_branch,
 }
 _OF_TOTALS: _Checks = {
     **dict.fromkeys(("linears", "int4_linears", "weights", "masked_weights", "pruned", "revived"), _is_count),
@@ -218,7 +224,9 @@ def _check_structure(data: dict[str, Any], path: Path) -> None:
             raise VerificationError("the certificate lacks a part", where=path, expected=part)
         for name, facts in entries.items():
             _check_entry(facts, checks, {} if part == "files" else _WHERE_PRESENT, f"{path}, {part}, {name}")
-            if part != "files" and target not in facts["readback"]:
+            read_back = [] if part == "files" else [facts["readback"]]
+            read_back += [facts["branch"]["readback"]] if "branch" in facts else []
+            if any(target not in found for found in read_back):
                 raise VerificationError(
                     "the certificate's entry was not read back from its target's folder",
                     where=f"{path}, {part}, {name}",

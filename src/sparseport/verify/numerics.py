@@ -17,6 +17,7 @@ import numpy.typing as npt
 from sparseport.errors import FidelityError
 from sparseport.targets.empty_model import empty_model, load_config
 from sparseport.targets.read_back import GraphReader, open_reader
+from sparseport.verify.branched import attach
 from sparseport.verify.runs import DECODE_TOKENS, PREFILL_TOKENS, runs_of
 from sparseport.weights.linear import DenseWeight, QuantizedWeight
 from sparseport.weights.rounding import dequantize
@@ -108,7 +109,7 @@ def logits_of(network: Any, tokens: list[int]) -> F32:
 
 
 def reference_of(folder: Path, graph: GraphReader) -> Any:
-    """The Hugging Face model of `config.json` in float32, filled with the weights of a graph.
+    """The Hugging Face model of `config.json` in float32, filled with the weights of a graph, its branches un-merged.
 
     Raises: as `reference_model`, and VerificationError if the graph cannot be read back.
     """
@@ -118,7 +119,10 @@ def reference_of(folder: Path, graph: GraphReader) -> Any:
         shapes[name] = tuple(parameter.shape)
         if parameter.dim() == 2:
             shapes[name.removesuffix(".weight")] = tuple(parameter.shape)
-    return _filled(network, ((item.name, item.weight, item.added) for item in graph.weights(shapes)))
+    network = _filled(network, ((item.name, item.weight, item.added) for item in graph.weights(shapes)))
+    for beside in graph.branches():
+        attach(network, beside.module, beside.branch)
+    return network
 
 
 def reference_model(folder: Path, weights: Iterable[tuple[str, QuantizedWeight | DenseWeight]]) -> Any:

@@ -9,11 +9,12 @@ from typing import Any
 from sparseport.checkpoints.safetensors import spec_of, write_safetensors
 from sparseport.child import Child
 from sparseport.targets.model_files import copy_tokenizer_files, write_config, write_generation_config, write_json_file
+from sparseport.targets.openvino.branches import StoredLowRank, insert_branches
 from sparseport.targets.openvino.constants import swap_constants
 from sparseport.targets.openvino.store import StoredDense, StoredQuantized, WeightStore
 from sparseport.targets.writer import f16_or_f32, without_place
 from sparseport.weights.layouts import GroupLayout, in_layout
-from sparseport.weights.linear import Array, DenseWeight, QuantizedWeight
+from sparseport.weights.linear import Array, DenseWeight, LowRankBranch, QuantizedWeight
 
 XML = "openvino_model.xml"
 
@@ -64,6 +65,7 @@ class OpenVinoWriter:
         write_safetensors(scratch / "small.safetensors", specs)
         self._store = WeightStore(scratch / "weights.pack")
         self._stored: dict[str, StoredDense | StoredQuantized] = {}
+        self._branches: dict[str, StoredLowRank] = {}
         self._child = Child(
             "sparseport.targets.openvino.frontend",
             {
@@ -89,6 +91,11 @@ class OpenVinoWriter:
         else:
             self._stored[f"{module}.weight"] = self._store.add_dense(weight.values)
 
+    def add_branch(self, module: str, branch: LowRankBranch) -> None:
+        """Store an un-merged branch."""
+        a, b = self._store.add_dense(branch.a), self._store.add_dense(branch.b)
+        self._branches[module] = StoredLowRank(a, b, branch.scaling)
+
     def add_tensor(self, name: str, values: Array) -> dict[str, Any]:
         """Store an embedding, head or other matrix as it is; INT8 is NNCF's, after the graph is written."""
         self._stored[name] = self._store.add_dense(values)
@@ -107,7 +114,8 @@ class OpenVinoWriter:
         self.left_out = without_place(self._small, set(answer["constants"]))
         skeleton = self.scratch / "skeleton"
         model = ov.Core().read_model(skeleton / XML)
-        alive = swap_constants(model, answer["constants"], self._stored, self._store)
+        alive = insert_branches(model, answer["constants"], self._branches, self._store)
+        alive += swap_constants(model, answer["constants"], self._stored, self._store)
         ov.save_model(model, self.folder / XML, compress_to_fp16=False)
         del model, alive
         for path in sorted(skeleton.iterdir()):
