@@ -113,9 +113,7 @@ def _weight_differences(
     return differences
 
 
-def _branch_differences(
-    certificate: Certificate, found: dict[str, str], graph_file: str, data_file: str
-) -> list[str]:
+def _branch_differences(certificate: Certificate, found: dict[str, str], graph_file: str, data_file: str) -> list[str]:
     """What is wrong with the branches beside base weights: one that is gone, one too many, another one."""
     certified = {module: facts["branch"] for module, facts in certificate.linears.items() if "branch" in facts}
     differences = []

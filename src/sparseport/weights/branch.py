@@ -1,7 +1,7 @@
 """A low-rank branch as a target stores it beside a base weight, and its digest.
 
-y = base(x) + scaling * B(A x), with the scaling alpha / r_max of the super-adapter (LoRA, arXiv 2106.09685, section 4.1;
-SQFT keeps r_max for every sub-adapter). Runtimes compute it in float32, so the scaling is a float32 number.
+y = base(x) + scaling * B(A x), with the scaling alpha / r_max of the super-adapter (LoRA, arXiv 2106.09685, section
+4.1; SQFT keeps r_max for every sub-adapter). Runtimes compute it in float32, so the scaling is a float32 number.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _rounded(exact: Array, dtype: np.dtype[np.generic], where: str) -> Array:
             f"the adapter overflows {dtype.name}",
             where=where,
             found=f"{int(np.count_nonzero(~np.isfinite(values)))} values",
-            fix="leave --branch-dtype away",
+            fix="leave --branch-dtype away" if dtype == np.float16 else "give --branches graph",
             code="E_OVERFLOW",
         )
     return values

@@ -1,4 +1,4 @@
-"""Read the branches of a written IR back: a strict path from each matrix A to the sum, with none of the writer's code."""
+"""Read the branches of a written IR back: a strict path from each matrix A to the sum, without the writer's code."""
 
 from __future__ import annotations
 

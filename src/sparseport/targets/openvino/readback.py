@@ -111,9 +111,9 @@ def unnamed_matrices(model: Any, named: set[str]) -> list[str]:
         sides = {"MatMul": (0, 1), "Gather": (0,)}.get(op.get_type_name(), ())
         for side in sides:
             leaves = _constant_leaves(op.input_value(side).get_node())
-            # A rotary table is one vector on the left; only a matrix of two real dimensions is a weight, or one of a
-            # branch of rank 1.
-            if leaves and any(_is_matrix(leaf) or (side == 1 and len(leaf.get_output_shape(0)) == 2) for leaf in leaves):
+            # A rotary table is a vector on the left. A matrix of two real dimensions is a weight, and so is any on the
+            # right, such as those of a branch of rank 1.
+            if any(_is_matrix(leaf) or (side == 1 and len(leaf.get_output_shape(0)) == 2) for leaf in leaves):
                 names = {leaf.get_friendly_name().removesuffix(".codes") for leaf in leaves}
                 if not names & named:
                     found.add(sorted(names)[0])
