@@ -94,6 +94,16 @@ def take_adapter(recipe: Recipe, target: Target, linears: dict[str, dict[str, An
     return {ADAPTER_FILES[target]: {m: facts.pop("branch") for m, facts in linears.items() if "branch" in facts}}
 
 
+def switching_notes(recipe: Recipe) -> list[str]:
+    """What an application has to know that switches adapters."""
+    if recipe.branches != "adapter" or "openvino" not in recipe.target:
+        return []
+    return [
+        "OpenVINO GenAI 2026.4 takes the beginnings of prompts from its cache whatever adapter was active then: for right "
+        "answers give LLMPipeline a scheduler_config with enable_prefix_caching = False"
+    ]
+
+
 def branch_notes(linears: Mapping[str, Mapping[str, Any]], target: Target, dtype: str) -> list[str]:
     """A sentence if values of branches were rounded.
 

@@ -321,7 +321,9 @@ def _run_verify(options: argparse.Namespace) -> int:
         numerics.append(None)
         if verdict.ok and options.numerics and verdict.certificate:
             with _progress(options).task("comparing logits"):
-                numerics[-1] = check_numerics(folder, verdict.certificate.target, verdict.certificate.portable)
+                certificate = verdict.certificate
+                adapters = sorted(certificate.adapters)
+                numerics[-1] = check_numerics(folder, certificate.target, certificate.portable, adapters)
     unequal = unequal_weights(verdicts)
     if several and not options.ignore_extra:
         unequal += strangers(options.folder, folders)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sparseport.branches import WAY_OUT, branch_rule, require_branches
+from sparseport.branches import WAY_OUT, branch_rule, require_branches, switching_notes
 from sparseport.checkpoints.dialect import LayerFormat
 from sparseport.errors import BadInput, EnvironmentProblem, FidelityError, SparseportError, Unsupported
 from sparseport.recipe import Recipe, Target
@@ -343,7 +343,7 @@ def _notes(recipe: Recipe, sources: Sources, layers: list[LayerPlan]) -> list[st
             notes.append("the adapter changes nothing: every lora_B is zero")
     if computed := _computed_frequencies(sources):
         notes.append(f"{len(computed)} rotary frequency tensors are left out: the graph computes them from the config")
-    notes += _regrouping(layers)
+    notes += _regrouping(layers) + switching_notes(recipe)
     if any(layer.group_size and layer.rule in ("carry", "branch") for layer in layers) and sources.sparse is None:
         notes.append(
             "no sparse base was given: pruned weights cannot be told from weights that are zero by rounding, "

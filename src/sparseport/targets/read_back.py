@@ -38,6 +38,18 @@ class BranchBack:
     branch: LowRankBranch
 
 
+@dataclass(frozen=True)
+class SlotShape:
+    """What a place for adapters takes.
+
+    shape   [out, in] of its layer
+    dtypes  of a and of b
+    """
+
+    shape: tuple[int, int]
+    dtypes: tuple[str, str]
+
+
 class GraphReader(Protocol):
     """A written graph, parsed from disk by code that did not write it."""
 
@@ -64,6 +76,14 @@ class GraphReader(Protocol):
 
         Raises:
             VerificationError: a branch is computed or used in a way that is not known.
+        """
+        ...
+
+    def adapter(self, name: str) -> Iterator[BranchBack]:
+        """After `weights`: yield the branches of an adapter's file beside the graph, as the runtime will use them.
+
+        Raises:
+            VerificationError: the file cannot be read, or the runtime would give a branch to another layer.
         """
         ...
 

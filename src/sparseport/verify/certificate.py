@@ -61,6 +61,11 @@ class Certificate:
         return dict(self.body["tensors"])
 
     @property
+    def adapters(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """Per file of un-merged branches, per module: rank, scaling, digests."""
+        return dict(self.body.get("adapters", {}))
+
+    @property
     def files(self) -> dict[str, dict[str, Any]]:
         """Per output file: size in bytes and SHA-256."""
         return dict(self.body["files"])
@@ -218,6 +223,7 @@ def _check_structure(data: dict[str, Any], path: Path) -> None:
         raise VerificationError("the certificate has an unknown target", where=path, expected=TARGETS, found=target)
     if not isinstance(data.get("graph", {}), dict):
         raise VerificationError("the certificate's entry is of another type", where=f"{path}, graph")
+    _check_adapters(data.get("adapters", {}), data.get("files"), target, path)
     for part, checks in _OF_EVERY_ENTRY.items():
         entries = data.get(part)
         if not isinstance(entries, dict) or (part == "files" and not entries):
@@ -237,6 +243,23 @@ def _check_structure(data: dict[str, Any], path: Path) -> None:
         if not _is_inside(name):
             raise VerificationError("the certificate names a file outside the folder", where=path, found=name[:80])
     _check_entry(data.get("totals"), _OF_TOTALS, {}, f"{path}, totals")
+
+
+def _check_adapters(adapters: object, files: object, target: str, path: Path) -> None:
+    """Every adapter is a file of the folder, and every branch in it was read back.
+
+    Raises:
+        VerificationError: one is not.
+    """
+    if not isinstance(adapters, dict):
+        raise VerificationError("the certificate's entry is of another type", where=f"{path}, adapters")
+    for name, branches in adapters.items():
+        where = f"{path}, adapters, {name[:80]}"
+        if not isinstance(files, dict) or name not in files or not isinstance(branches, dict) or not branches:
+            raise VerificationError("the certificate's entry is incomplete or of another type", where=where)
+        for module, facts in branches.items():
+            if not _is_branch(facts) or target not in facts["readback"]:
+                raise VerificationError("the certificate's entry was not read back", where=f"{where}, {module[:80]}")
 
 
 def _check_entry(facts: object, required: _Checks, optional: _Checks, where: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from sparseport.errors import SparseportError, VerificationError
 from sparseport.extras import missing
 from sparseport.targets.read_back import open_reader
+from sparseport.verify.adapters import adapter_differences
 from sparseport.verify.bits import digest_graph
 from sparseport.verify.certificate import FILE_NAME, Certificate, file_facts
 
@@ -88,7 +89,10 @@ def _weight_differences(
     target = certificate.target
     certified = {"weight": certificate.linears, "tensor": certificate.tensors}
     try:
-        found = digest_graph(open_reader(target, folder), certified["weight"], certified["tensor"], on_step)
+        reader = open_reader(target, folder)
+        found = digest_graph(reader, certified["weight"], certified["tensor"], on_step)
+        present = {name: facts for name, facts in certificate.adapters.items() if (folder / name).is_file()}
+        beside = adapter_differences(reader, target, present)
     except ModuleNotFoundError as error:
         raise missing(error.name, target) from error
     except SparseportError as error:
@@ -103,7 +107,7 @@ def _weight_differences(
     differences += [f"{graph_file}: matrix {name} is used but not certified" for name in found.unproven]
     if not found.unproven and found.around != certificate.around:
         differences.append(f"{graph_file}: the graph around the weights changed")
-    differences += _branch_differences(certificate, found.branches, graph_file, data_file)
+    differences += _branch_differences(certificate, found.branches, graph_file, data_file) + beside
     for kind, digests in (("weight", found.linears), ("tensor", found.tensors)):
         for name, facts in sorted(certified[kind].items()):
             if name not in digests:

@@ -50,7 +50,7 @@ def compare_logits(folder: str, target: str = "openvino", portable: bool = False
         `allowed`; `tokens`, `prefill_tokens` and `text`.
     """
     path = Path(folder)
-    tokens, from_text = _tokens(path)
+    tokens, from_text = sample_tokens(path)
     network = reference_of(path, open_reader(target, path))
     reference = logits_of(network, tokens)
     compared: dict[str, dict[str, Any]] = {}
@@ -58,7 +58,7 @@ def compare_logits(folder: str, target: str = "openvino", portable: bool = False
         logits = run.logits(tokens)
         compared[run.label] = {**drift(reference, logits), "settings": dict(run.settings)}
         if run.judged:
-            compared[run.label] |= _judge(network, tokens, reference, logits)
+            compared[run.label] |= judged(network, tokens, reference, logits)
     return {
         **compared,
         "tokens": len(tokens),
@@ -67,7 +67,7 @@ def compare_logits(folder: str, target: str = "openvino", portable: bool = False
     }
 
 
-def _judge(network: Any, tokens: list[int], reference: F32, logits: F32) -> dict[str, str]:
+def judged(network: Any, tokens: list[int], reference: F32, logits: F32) -> dict[str, str]:
     """The largest difference that is allowed, and against what it is measured.
 
     Some models have a token whose activations are huge; there float32 itself is off by more than the tolerance, torch's
@@ -161,7 +161,8 @@ def _filled(network: Any, weights: Iterable[tuple[str, QuantizedWeight | DenseWe
     return network.eval()
 
 
-def _tokens(folder: Path) -> tuple[list[int], bool]:
+def sample_tokens(folder: Path) -> tuple[list[int], bool]:
+    """Tokens to compare logits on: of `SAMPLE_TEXT`, or pseudo-random ones without a tokenizer; and whether of it."""
     import json
 
     wanted = PREFILL_TOKENS + DECODE_TOKENS

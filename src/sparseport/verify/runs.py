@@ -49,6 +49,11 @@ class Run:
     judged: bool = False
 
 
+def adapter_run(folder: Path, adapter: str) -> Run:
+    """The run of an ONNX folder at full precision with one of its adapters switched on."""
+    return _onnx_runs(folder, folder / adapter)[0]
+
+
 def runs_of(target: str, folder: Path, portable: bool = False) -> list[Run]:
     """The runs to compare for a folder, full precision first; a portable ONNX folder is run by OpenVINO as well."""
     if target == "openvino":
@@ -67,7 +72,7 @@ def _openvino_runs(folder: Path) -> list[Run]:
     ]
 
 
-def _onnx_runs(folder: Path) -> list[Run]:
+def _onnx_runs(folder: Path, adapter: Path | None = None) -> list[Run]:
     """Exact and fast products, and the one of them that the folder itself asks for."""
     import onnx
 
@@ -76,7 +81,7 @@ def _onnx_runs(folder: Path) -> list[Run]:
     fused = any(node.op_type == "DequantizeLinear" for node in model.graph.node)
 
     def run(level: int | None) -> Callable[[list[int]], F32]:
-        return lambda tokens: onnx_logits(folder, tokens, level)
+        return lambda tokens: onnx_logits(folder, tokens, level, adapter)
 
     exact = {"accuracy_level": str(EXACT_LEVEL)} if written or fused else {}
     runs = [Run("full_precision", run(EXACT_LEVEL if exact else None), exact, judged=True)]
@@ -134,17 +139,30 @@ def onnx_session(folder: Path, level: int | None = None, threads: int = 0) -> An
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=providers)
 
 
-def onnx_logits(folder: Path, tokens: list[int], level: int | None = None) -> F32:
-    """Logits [tokens, vocabulary] of an ONNX folder; see `onnx_session`."""
+def onnx_logits(folder: Path, tokens: list[int], level: int | None = None, adapter: Path | None = None) -> F32:
+    """Logits [tokens, vocabulary] of an ONNX folder, with an adapter's file switched on; see `onnx_session`."""
     session = onnx_session(folder, level)
+    active, options = (None, None) if adapter is None else _with_adapter(adapter)
     cache = empty_cache(folder, [port.name for port in session.get_inputs()])
     names = [port.name for port in session.get_outputs()]
     pieces = []
     for feed in _feeds(tokens, {port.name for port in session.get_inputs()}):
-        result = dict(zip(names, session.run(None, {**feed, **cache}), strict=True))
+        result = dict(zip(names, session.run(None, {**feed, **cache}, options), strict=True))
         pieces.append(np.array(result.pop("logits")[0], np.float32))
         cache = {name.replace("present", "past_key_values"): value for name, value in result.items()}
+    del active  # ONNX Runtime does not keep an adapter alive, and goes on without it where it is gone
     return np.concatenate(pieces)
+
+
+def _with_adapter(file: Path) -> tuple[Any, Any]:
+    """An adapter, to be held until the runs are over, and options of a run that switch it on."""
+    import onnxruntime
+
+    adapter = onnxruntime.LoraAdapter()
+    adapter.Load(str(file))
+    options = onnxruntime.RunOptions()
+    options.add_active_adapter(adapter)
+    return adapter, options
 
 
 def empty_cache(folder: Path, inputs: list[str]) -> dict[str, F32]:

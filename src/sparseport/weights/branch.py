@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
+import numpy.typing as npt
 
-from sparseport.errors import BadInput
+from sparseport.errors import BadInput, FidelityError
 from sparseport.weights.digest import canonical_bytes
 from sparseport.weights.linear import Array, LowRankBranch
 
@@ -54,6 +55,36 @@ def branch_digest(branch: LowRankBranch) -> str:
     for array in (branch.a, branch.b, np.array([branch.scaling], np.float32)):
         sha.update(canonical_bytes(array))
     return sha.hexdigest()
+
+
+def in_order(a: Array, order: npt.NDArray[np.int32] | None) -> Array:
+    """A matrix a [rank, in] for an activation that is gathered by `order` (act-order, groups that are filled up).
+
+    A column that reads an input for the second time becomes zero, so that no input counts twice.
+    """
+    if order is None:
+        return a
+    gathered: Array = np.ascontiguousarray(a[:, order])
+    _, first = np.unique(order, return_index=True)
+    again = np.ones(order.size, np.bool_)
+    again[first] = False
+    gathered[:, again] = 0
+    return gathered
+
+
+def out_of_order(a: Array, order: npt.NDArray[np.int32] | None, where: str) -> Array:
+    """Inverse of `in_order`, used on read-back.
+
+    Raises:
+        FidelityError: a column that reads an input for the second time is not zero, or columns are missing.
+    """
+    if order is None:
+        return a
+    inputs, first = np.unique(order, return_index=True)
+    whole = np.array_equal(inputs, np.arange(inputs.size)) and a.shape[1] == order.size
+    if not whole or (np.delete(a, first, axis=1) != 0).any():
+        raise FidelityError("the adapter does not fit the order of its layer's columns", where=where, code="E_READBACK")
+    return np.ascontiguousarray(a[:, first])
 
 
 def _float32_scaling(scaling: float, where: str) -> float:

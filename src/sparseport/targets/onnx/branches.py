@@ -2,15 +2,20 @@
 
     x -> MatMul(A^T) -> MatMul(B^T) -> Mul(scaling) -> Add <- product with the base weight <- x
 
-The matrices are initializers `<module>.lora_A.weight` [rank, in] and `<module>.lora_B.weight` [out, rank], which are
+Graph form: the matrices are initializers `<module>.lora_A.weight` [rank, in] and `<module>.lora_B.weight` [out, rank], which are
 transposed and widened as floating-point weights are; the scaling is `<module>.lora_scaling`, float32 [1]. Where one
 node multiplies with the rows of several layers, the results of their branches are joined in the same order.
+
+Adapter form: the same nodes, but matrices and scaling are optional inputs of the graph, `<module>.lora_A` [in, rank],
+`<module>.lora_B` [rank, out] and `<module>.lora_scaling` [1], which an adapter's file gives. By default the matrices have
+rank 0, and their product is zeros.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sparseport.targets.onnx.products import Products, joinable
 from sparseport.targets.onnx.store import OnnxStore, Stored, StoredMatrix
@@ -19,19 +24,46 @@ from sparseport.weights.linear import LowRankBranch
 
 @dataclass(frozen=True)
 class StoredLowRank:
-    """A branch in the scratch file: a [rank, in] and b [out, rank]."""
+    """A branch in the scratch file: a [rank, in] and b [out, rank].
+
+    slot  whether the graph has a place for it only
+    """
 
     module: str
     a: StoredMatrix
     b: StoredMatrix
     scaling: float
+    slot: bool = False
+
+    def ports(self) -> list[Any]:
+        """Inputs of a graph with a place for this branch: their names, types and shapes."""
+        from onnx import TensorProto, helper
+
+        a, b = (TensorProto.DataType.Value(part.values.element_type) for part in (self.a, self.b))
+        rank = f"{self.module}.rank"
+        return [
+            helper.make_tensor_value_info(f"{self.module}.lora_A", a, [self.a.values.shape[1], rank]),
+            helper.make_tensor_value_info(f"{self.module}.lora_B", b, [rank, self.b.values.shape[0]]),
+            helper.make_tensor_value_info(f"{self.module}.lora_scaling", TensorProto.FLOAT, [1]),
+        ]
+
+    def defaults(self) -> list[Any]:
+        """What these inputs are while no adapter is active."""
+        from onnx import helper
+
+        a, b, scaling = self.ports()
+        return [
+            helper.make_tensor(a.name, a.type.tensor_type.elem_type, [self.a.values.shape[1], 0], []),
+            helper.make_tensor(b.name, b.type.tensor_type.elem_type, [0, self.b.values.shape[0]], []),
+            helper.make_tensor(scaling.name, scaling.type.tensor_type.elem_type, [1], [1.0]),
+        ]
 
 
-def store_branch(store: OnnxStore, module: str, branch: LowRankBranch) -> StoredLowRank:
+def store_branch(store: OnnxStore, module: str, branch: LowRankBranch, *, slot: bool) -> StoredLowRank:
     """Append a branch to the scratch file, in the dtypes that it has."""
     a = store.add_dense(f"{module}.lora_A.weight", branch.a)
     b = store.add_dense(f"{module}.lora_B.weight", branch.b)
-    return StoredLowRank(module, a, b, branch.scaling)
+    return StoredLowRank(module, a, b, branch.scaling, slot)
 
 
 def joinable_with_branches(modules: Sequence[str], parts: Sequence[Stored], branches: Mapping[str, object]) -> bool:
@@ -76,8 +108,17 @@ def _branch(products: Products, name: str, x: str, branch: StoredLowRank) -> str
     from onnx import numpy_helper
 
     scaling = f"{branch.module}.lora_scaling"
-    products.initializers.append(numpy_helper.from_array(np.array([branch.scaling], np.float32), scaling))
-    products.product(f"{name}/lora_A", x, f"{name}/lora_A/output", [branch.a])
-    products.product(f"{name}/lora_B", f"{name}/lora_A/output", f"{name}/lora_B/output", [branch.b])
-    products.node("Mul", [f"{name}/lora_B/output", scaling], f"{name}/lora", f"{name}/Mul")
+    if branch.slot:
+        products.initializers.extend(branch.defaults())
+    else:
+        products.initializers.append(numpy_helper.from_array(np.array([branch.scaling], np.float32), scaling))
+    for side, matrix in (("A", branch.a), ("B", branch.b)):
+        y = f"{name}/lora_{side}/output"
+        if branch.slot:
+            value = products.widened(f"{branch.module}.lora_{side}", matrix.values.element_type)
+            products.node("MatMul", [x, value], y, f"{name}/lora_{side}")
+        else:
+            products.product(f"{name}/lora_{side}", x, y, [matrix])
+        x = y
+    products.node("Mul", [x, scaling], f"{name}/lora", f"{name}/Mul")
     return f"{name}/lora"

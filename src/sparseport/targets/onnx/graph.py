@@ -92,6 +92,7 @@ def write_model(
     placeholders = [tensor for tensor in graph.initializer if tensor.name in outside]
     _replace(graph.initializer, [*kept, *tensors, *placeholders])
     standard = store.layout is not Layout.NBITS
+    graph.input.extend(port for branch in branches.values() if branch.slot for port in branch.ports())
     expected = _structure(model, answer, stored, branches, {tensor.name for tensor in tensors} | outside, standard)
     with DataFile(folder, store) as data:
         products = Products(data, accuracy_level)
@@ -138,7 +139,8 @@ def _structure(
         modules = _modules(answer, node.name, stored)
         if modules is not None:
             product = product_entry(node.name, node.input[0], node.output[0], modules)
-            entries.append(with_branches(product, [module for module in modules if module in branches]))
+            beside = [branches[module] for module in modules if module in branches]
+            entries.append(with_branches(product, [b.module for b in beside], any(b.slot for b in beside)))
         elif node.op_type == "Gather" and _is_placeholder(plain.graph, node.input[0]):
             entries.append(look_up_entry(node.name, node.input[1], node.output[0], answer["embedding"]))
         else:

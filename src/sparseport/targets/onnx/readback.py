@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from sparseport.errors import VerificationError
+from sparseport.targets.onnx.adapter_back import adapter_branches
 from sparseport.targets.onnx.branch_back import FoundBranch, find_branches, is_branch_constant
 from sparseport.targets.onnx.graph_file import OnnxGraph
 from sparseport.targets.onnx.structure import Entry, look_up_entry, node_entry, product_entry, structure_digest
@@ -94,7 +95,13 @@ class OnnxReader:
     def branches(self) -> Iterator[BranchBack]:
         """See `GraphReader.branches`."""
         for branch in self._branches:
-            yield branch.read(self.graph)
+            if not branch.slot:
+                yield branch.read(self.graph)
+
+    def adapter(self, name: str) -> Iterator[BranchBack]:
+        """See `GraphReader.adapter`."""
+        slots = {branch.module: branch.takes(self.graph) for branch in self._branches if branch.slot}
+        return adapter_branches(self.graph.folder, name, slots)
 
     def around(self) -> dict[str, Any]:
         """See `GraphReader.around`: a digest of what is no weight, and the accuracy levels of MatMulNBits."""
@@ -125,10 +132,11 @@ class OnnxReader:
     def unnamed_matrices(self, named: set[str]) -> list[str]:
         """See `GraphReader.unnamed_matrices`."""
         unknown = set()
+        slots = {f"{branch.module}.lora_{side}" for branch in self._branches if branch.slot for side in "AB"}
         for node in self.graph.nodes:
             for side in _MATRIX_SIDES.get(node.op_type, ()):
                 constant = self.graph.constant_behind(node.input[side], _PASSED) if side < len(node.input) else None
-                if constant is None or _ROTARY.match(constant):
+                if constant is None or _ROTARY.match(constant) or constant in slots:
                     continue
                 if sum(length != 1 for length in self.graph.shape(constant)) < 2:
                     continue
@@ -410,8 +418,9 @@ def _joined(node: Any, products: Mapping[str, Entry]) -> Entry | None:
     if any(part["name"] != f"{name}/{part['of'][0]}" or part["in"] != found[0]["in"] for part in found):
         return None
     entry = product_entry(name, found[0]["in"][0], node.output[0], [module for part in found for module in part["of"]])
-    if branches := [module for part in found for module in part.get("branches", [])]:
-        entry["branches"] = branches
+    for kind in ("branches", "slots"):
+        if beside := [module for part in found for module in part.get(kind, [])]:
+            entry[kind] = beside
     return {**entry, "parts": list(node.input)}
 
 

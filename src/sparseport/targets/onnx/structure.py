@@ -21,9 +21,12 @@ def product_entry(name: str, x: str, y: str, modules: Sequence[str]) -> Entry:
     return {"op": "product", "name": name, "in": [x], "out": [y], "of": list(modules)}
 
 
-def with_branches(entry: Entry, modules: Sequence[str]) -> Entry:
-    """A product whose result is the sum with the un-merged branches of these of its layers; without any, itself."""
-    return {**entry, "branches": list(modules)} if modules else entry
+def with_branches(entry: Entry, modules: Sequence[str], slots: bool) -> Entry:
+    """A product whose result is the sum with the un-merged branches of these of its layers; without any, itself.
+
+    slots  whether they are places that an adapter's file fills
+    """
+    return {**entry, "slots" if slots else "branches": list(modules)} if modules else entry
 
 
 def look_up_entry(name: str, indices: str, y: str, module: str) -> Entry:

@@ -14,6 +14,7 @@ import numpy as np
 
 from sparseport.checkpoints.folder import HEADS
 from sparseport.errors import VerificationError
+from sparseport.targets.openvino.adapter_back import adapter_branches
 from sparseport.targets.openvino.branch_back import branches, is_branch_constant
 from sparseport.targets.read_back import BranchBack, ReadBack, Shapes
 from sparseport.weights.grouping import without_filling
@@ -26,13 +27,13 @@ class OpenVinoReader:
     graph_file = "openvino_model.xml"
     data_file = "openvino_model.bin"
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(self, model: Any, folder: Path = Path()) -> None:
+        self.model, self.folder = model, folder
 
     @classmethod
     def open(cls, folder: Path) -> OpenVinoReader:
         """Parse a folder's IR; raises as `read_model`."""
-        return cls(read_model(folder / cls.graph_file))
+        return cls(read_model(folder / cls.graph_file), folder)
 
     def weights(self, shapes: Shapes) -> Iterator[ReadBack]:
         """Every named weight, see `weights`; an IR has one constant per layer and needs no shapes."""
@@ -42,6 +43,10 @@ class OpenVinoReader:
     def branches(self) -> Iterator[BranchBack]:
         """See `branch_back.branches`."""
         return branches(self.model)
+
+    def adapter(self, name: str) -> Iterator[BranchBack]:
+        """See `adapter_back.adapter_branches`."""
+        return adapter_branches(self.folder, name, self.model)
 
     def unnamed_matrices(self, named: set[str]) -> list[str]:
         """See `unnamed_matrices`."""
