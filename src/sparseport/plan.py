@@ -131,6 +131,7 @@ def make_plan(recipe: Recipe, sources: Sources) -> Plan:
         if name not in linear_tensors and not _is_tied_copy(name, sources) and not name.endswith(_COMPUTED)
     ]
     stored = sum(form.bytes for layer in layers for form in layer.stored.values())
+    stored += _branch_bytes(recipe, layers) * len(recipe.target)
     other = sum(int(np.prod(sources.base.info(name).shape)) for name in tensors)
     other *= 4 if recipe.embedding == "fp32" else 2
     weights = sum(rows * columns for rows, columns in (layer.shape for layer in layers)) + other // 2
@@ -155,6 +156,14 @@ def make_plan(recipe: Recipe, sources: Sources) -> Plan:
         notes=_notes(recipe, sources, layers),
         problem=_problem(recipe, sources),
     )
+
+
+def _branch_bytes(recipe: Recipe, layers: list[LayerPlan]) -> int:
+    """Size of un-merged branches on disk, for one target; at most, because some adapters are stored in 16 bits."""
+    if recipe.branches == "refuse":
+        return 0
+    width = 2 if recipe.branch_dtype == "fp16" else 4
+    return sum(width * (layer.rank or 0) * sum(layer.shape) for layer in layers)
 
 
 def _problem(recipe: Recipe, sources: Sources) -> SparseportError | None:
