@@ -143,6 +143,17 @@ def _add_export(verbs: Any) -> None:
     )
     _add_reading(verb)
     verb.add_argument(
+        "--branches",
+        choices=["refuse", "graph", "adapter"],
+        help="an adapter that no merge keeps exact (dense on a sparse or INT4 base): refuse (default), keep it beside "
+        "its base in the graph, or as a file that the runtime switches on and off",
+    )
+    verb.add_argument(
+        "--branch-dtype",
+        choices=["stored", "fp16"],
+        help="dtype of un-merged branches: as in the adapter's files (default), or rounded to float16",
+    )
+    verb.add_argument(
         "--mask-policy",
         choices=["strict", "keep-codes", "reapply"],
         help="when an input breaks its own mask: refuse (default), keep and record, or prune again",
@@ -242,6 +253,8 @@ _EXPORT_FIELDS = (
     "gguf_dtype",
     "nncf_base_dtype",
     *_READING,
+    "branches",
+    "branch_dtype",
     "mask_policy",
     "tokenizer",
     "numerics",
@@ -310,7 +323,9 @@ def _run_verify(options: argparse.Namespace) -> int:
         numerics.append(None)
         if verdict.ok and options.numerics and verdict.certificate:
             with _progress(options).task("comparing logits"):
-                numerics[-1] = check_numerics(folder, verdict.certificate.target, verdict.certificate.portable)
+                certificate = verdict.certificate
+                adapters = sorted(certificate.adapters)
+                numerics[-1] = check_numerics(folder, certificate.target, certificate.portable, adapters)
     unequal = unequal_weights(verdicts)
     if several and not options.ignore_extra:
         unequal += strangers(options.folder, folders)

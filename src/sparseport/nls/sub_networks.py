@@ -25,7 +25,7 @@ from sparseport.nls.activation import activate
 from sparseport.nls.cost import Architecture, architecture_of, macs, parameters
 from sparseport.nls.engines import TorchEngine
 from sparseport.nls.evaluate import answers_torch
-from sparseport.nls.latency import measure
+from sparseport.nls.latency import measure_latency
 from sparseport.nls.load import load_for_training, restore_adapter
 from sparseport.nls.scoring import mean, score_choices
 from sparseport.nls.search.candidates import Candidate
@@ -81,7 +81,11 @@ class SubNetworkEvaluator:
         """SHA-256 of everything that decides what an evaluation yields: weights, data, settings, version."""
         folders = [folder for folder in (self.base, self.quantized, self.adapter) if folder is not None]
         files = [
-            {path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".json")}
+            {
+                path.name: file_sha256(path)
+                for path in sorted(folder.iterdir())
+                if path.suffix in (".safetensors", ".json")
+            }
             for folder in folders
         ]
         task = _items(load_task(self.finetune.task, self.finetune.data), self.search)
@@ -194,7 +198,9 @@ class Evaluator:
                 recipe = self.setup.export.model_copy(update=update)
                 export(recipe)
                 folder = recipe.folder_of(recipe.target[0], recipe.output)
-                self._latencies[key] = measure([folder])[0].decode_seconds
+                tokens = self.setup.search.tokens
+                measured = measure_latency([folder], prompts=(tokens,))["folders"][0]
+                self._latencies[key] = float(measured["decode_ms"][str(tokens)]["median"]) / 1e3
         return self._latencies[key]
 
 
