@@ -43,7 +43,8 @@ FLOORS = (
     {"inspection", "pipeline", "nls", "report"},
     {"bench", "integrations", "demo", "show"},
     {"verbs"},
-    {"cli", "doctor", "__main__"},
+    {"cli", "doctor"},
+    {"__main__"},
 )
 FLOOR_OF = {name: height for height, names in enumerate(FLOORS) for name in names}
 

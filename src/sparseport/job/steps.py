@@ -1,4 +1,4 @@
-"""Steps of a job: each writes a folder that the next one reads, and is not repeated while its settings are the same."""
+"""Steps of a job: each writes a folder that the next reads, and is not repeated while its settings stay the same."""
 
 from __future__ import annotations
 
