@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseport.checkpoints.json_files import read_json
+from sparseport.errors import BadInput
 from sparseport.verify.runs import OPENVINO_FULL_PRECISION, exact_level, open_onnx
 from sparseport.verify.sessions import F32, OpenVinoSession, Session
 
@@ -159,21 +160,39 @@ class SessionEngine:
         return scores
 
 
-def openvino_engine(folder: Path, precision: Precision = "default") -> SessionEngine:
-    """An OpenVINO folder on the CPU."""
-    import openvino as ov
-
-    settings = OPENVINO_FULL_PRECISION if precision == "full" else {}
-    core = ov.Core()
-    session = OpenVinoSession(core.compile_model(core.read_model(folder / "openvino_model.xml"), "CPU", settings))
+def session_engine(folder: Path, precision: Precision = "default") -> SessionEngine:
+    """An exported folder in the runtime that it was exported for."""
+    session, settings = open_session(folder, precision)
     return SessionEngine(session, folder_length(folder), settings)
 
 
-def onnx_engine(folder: Path, precision: Precision = "default") -> SessionEngine:
-    """An ONNX folder in ONNX Runtime on the CPU."""
-    level = exact_level(folder) if precision == "full" else None
-    settings = {} if level is None else {"accuracy_level": str(level)}
-    return SessionEngine(open_onnx(folder, level), folder_length(folder), settings)
+def open_session(folder: Path, precision: Precision = "default", threads: int = 0) -> tuple[Session, dict[str, str]]:
+    """An exported folder on the CPU, ready to read tokens, and what was set for it.
+
+    Args:
+        folder: an OpenVINO or ONNX folder.
+        precision: see `Precision`.
+        threads: threads to compute with; 0 leaves it to the runtime.
+
+    Raises:
+        BadInput: it is neither.
+    """
+    if (folder / "openvino_model.xml").is_file():
+        import openvino as ov
+
+        settings = dict(OPENVINO_FULL_PRECISION) if precision == "full" else {}
+        if threads:
+            settings["INFERENCE_NUM_THREADS"] = str(threads)
+        core = ov.Core()
+        compiled = core.compile_model(core.read_model(folder / "openvino_model.xml"), "CPU", settings)
+        return OpenVinoSession(compiled), settings
+    if (folder / "model.onnx").is_file():
+        level = exact_level(folder) if precision == "full" else None
+        settings = {} if level is None else {"accuracy_level": str(level)}
+        if threads:
+            settings["intra_op_num_threads"] = str(threads)
+        return open_onnx(folder, level, threads), settings
+    raise BadInput("no exported folder", where=folder, expected="openvino_model.xml or model.onnx", code="E_MISSING")
 
 
 def score_of(logits: F32, tokens: Sequence[int]) -> Score:

@@ -11,7 +11,7 @@ from torch import nn
 
 from sparseport.errors import BadInput, UsageError
 from sparseport.nls.encoding import encode_prompt
-from sparseport.nls.engines import Engine, Precision, TorchEngine, folder_length, onnx_engine, openvino_engine
+from sparseport.nls.engines import Engine, Precision, TorchEngine, folder_length, session_engine
 from sparseport.nls.evaluate import answers_onnx, answers_openvino, answers_torch
 from sparseport.nls.reference import load_merged
 from sparseport.nls.scoring import Outcome, agreement, digest_of, score_choices
@@ -118,7 +118,7 @@ def evaluate(
         tokenizer = load_tokenizer(path)
         model = load_torch(path) if chosen == "torch" else None
     if task.by_choice:
-        runner = _engine(path, chosen, precision, model)
+        runner: Engine = session_engine(path, precision) if model is None else TorchEngine(model)
         settings = runner.settings
         with progress.task(f"choosing: {path.name}, {chosen}", len(items)) as step:
             outcome = score_choices(runner, tokenizer, task.choices[split][: len(items)], step)
@@ -189,13 +189,6 @@ def load_torch(path: Path) -> nn.Module:
             model: nn.Module = reference_of(path, open_reader(name, path))
             return model
     return load_merged(make_recipe({"base": path, "output": path / "never-written"}, where=str(path)))
-
-
-def _engine(path: Path, engine: EngineName, precision: Precision, model: nn.Module | None) -> Engine:
-    if engine == "torch":
-        assert model is not None
-        return TorchEngine(model)
-    return openvino_engine(path, precision) if engine == "openvino" else onnx_engine(path, precision)
 
 
 def _answers(

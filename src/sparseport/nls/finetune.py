@@ -155,13 +155,13 @@ def batch_loss(model: nn.Module, batch: Batch) -> Tensor:
 def make_batch(tokenizer: Any, items: list[Example]) -> Batch:
     """Prompts with their answers in one sequence.
 
-    Chat prompts all start with the same system message; as a prefix that all items look at, it is computed once per
+    Every chat prompt starts with the same system message; as a prefix that all items look at, it is computed once per
     step instead of once per item, and there is no padding. The result is that of separate rows.
     """
     rows, starts = [], []
     for item in items:
         prompt, answer = encode_example(tokenizer, item)
-        rows.append(prompt + answer)
+        rows.append([*prompt, *answer])
         starts.append(len(prompt))
     # The last token before an answer predicts it, so it has to stay in the item's own part.
     shared = min(_common_prefix(rows), min(starts) - 1)

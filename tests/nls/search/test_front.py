@@ -161,11 +161,11 @@ def test_the_same_result_gives_the_same_bytes_in_any_process(tmp_path):
 import sys
 from pathlib import Path
 import matplotlib
-matplotlib.rcParams["lines.linewidth"] = 9  # a user's own style
+matplotlib.rcParams["axes.linewidth"] = 9  # a user's own style
 from sparseport.nls.search.front import read_result
 from sparseport.nls.search.plot import draw
 draw(read_result(Path(sys.argv[1])), [Path(sys.argv[2]), Path(sys.argv[3])])
-assert matplotlib.rcParams["lines.linewidth"] == 9
+assert matplotlib.rcParams["axes.linewidth"] == 9
 """
     draw(RESULT, [tmp_path / "a.svg", tmp_path / "a.png"])
     command = [sys.executable, "-c", code, str(result), str(tmp_path / "b.svg"), str(tmp_path / "b.png")]

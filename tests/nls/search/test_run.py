@@ -11,7 +11,7 @@ import pytest
 from toy import GROUPS, SIZES, Maker, evaluation_of, everything, values_of
 
 from sparseport.errors import BadInput, EnvironmentProblem, UsageError
-from sparseport.nls.search.candidates import heuristic, maximal, minimal
+from sparseport.nls.search.candidates import heuristic, maximal, minimal, neighbours
 from sparseport.nls.search.heuristics import Sample
 from sparseport.nls.search.objectives import OBJECTIVES, pareto_front
 from sparseport.nls.search.run import search
@@ -167,6 +167,18 @@ def test_the_choice_follows_reference_and_delta_and_costs_no_evaluation(tmp_path
     result = run(path, recipe.model_copy(update={"reference_accuracy": 0.99}), again)
     assert result.chosen is None and result.reason.startswith("no sub-network has an accuracy of 0.99")
     assert again.done == 0
+
+
+def test_a_climb_begins_at_the_heuristic_and_at_seeds_of_the_users_own(tmp_path):
+    """The maximal sub-network is better than both here, and only looked at."""
+    recipe = SearchRecipe(turns=1, neighbours=20)
+    result = run(tmp_path / "one", recipe)
+    marks = {minimal(SIZES), heuristic(SIZES), maximal(SIZES)}
+    first = {e.candidate for e in result.evaluations} - marks
+    assert first == set(neighbours(heuristic(SIZES), SIZES)) - marks
+    mine = (24, 16, 48, 1)  # better than the heuristic
+    result = run(tmp_path / "two", recipe, seeds={"mine": mine})
+    assert {e.candidate for e in result.evaluations} - marks - {mine} == set(neighbours(mine, SIZES)) - marks
 
 
 def test_one_objective_is_enough_to_climb(tmp_path):

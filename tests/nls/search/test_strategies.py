@@ -181,6 +181,22 @@ def test_groups_with_one_size_are_no_variables():
     fixed = {"seeds": [(5, 1, 7)], "population": 4, "seed": 0, "evaluations": 9}
     found = evolve([(5,), tuple(range(9, 0, -1)), (7,)], measure, OBJECTIVE_PAIR, **fixed)
     assert {e.candidate for e in found} <= {(5, n, 7) for n in range(1, 10)} and len(found) > 4
+    # They take no part in the chances of mutation either: the search is the same without them.
+    free = [(9, 7, 5, 3, 1), (8, 6, 4, 2)]
+    padded = [(1,), free[0], (1,), (1,), free[1]]
+    seeds = [(9, 8), (5, 4), (1, 2), (7, 2)]
+
+    def price(candidates):
+        return [Evaluation(c, {"accuracy": c[0] * c[-1] / 99, "macs": float(sum(c))}) for c in candidates]
+
+    def padded_price(candidates):
+        inner = price([(c[1], c[4]) for c in candidates])
+        return [Evaluation(c, e.values) for c, e in zip(candidates, inner, strict=True)]
+
+    more = {**fixed, "evaluations": 16}
+    alone = evolve(free, price, OBJECTIVE_PAIR, **{**more, "seeds": seeds})
+    among = evolve(padded, padded_price, OBJECTIVE_PAIR, **{**more, "seeds": [(1, a, 1, 1, b) for a, b in seeds]})
+    assert [e.candidate for e in alone] == [(e.candidate[1], e.candidate[4]) for e in among] and len(alone) > 8
     assert len(evolve([(5,), (1,), (7,)], measure, OBJECTIVE_PAIR, **fixed)) == 1
 
 
@@ -196,9 +212,11 @@ def test_without_pymoo_the_message_says_what_to_install(monkeypatch):
         evolve(SIZES, evaluate, OBJECTIVE_PAIR, seeds=MARKS, population=12, seed=0, evaluations=60)
 
 
-def test_pymoo_says_nothing_on_standard_output():
+def test_pymoo_says_nothing_on_standard_output_not_even_without_its_compiled_modules():
     pytest.importorskip("pymoo")
     code = """
+import sys
+sys.modules["pymoo.functions.compiled"] = None
 from toy import SIZES, OBJECTIVE_PAIR, evaluate
 from sparseport.nls.search.evolutionary import evolve
 evolve(SIZES, evaluate, OBJECTIVE_PAIR, seeds=[], population=4, seed=0, evaluations=8)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import time
 
 import pytest
 from toy import Maker, evaluation_of, everything
@@ -66,6 +68,8 @@ def test_a_worker_killed_between_two_batches_is_replaced(tmp_path):
     with open_team(maker, backend="processes", workers=1) as team:
         assert list(team.evaluate_all(SOME[:1])) == [evaluation_of(SOME[0])]
         os.kill(maker.made()[0], 9)
+        while multiprocessing.active_children():  # until it is gone: nobody reads what the team sends it
+            time.sleep(0.01)
         assert list(team.evaluate_all(SOME[1:2])) == [evaluation_of(SOME[1])]
     assert len(maker.made()) == 2
 
@@ -94,6 +98,15 @@ def test_processes_end_with_the_block(tmp_path):
     for pid in maker.made():
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_a_failed_search_does_not_wait_for_the_evaluations_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("sparseport.nls.search.process_crew._PATIENCE", 300.0)
+    maker = Maker(tmp_path, fail=SOME[1], sleep_on=SOME[0])
+    started = time.monotonic()
+    with pytest.raises(FidelityError):
+        evaluate_all(maker, backend="processes", workers=2)
+    assert time.monotonic() - started < 120 and multiprocessing.active_children() == []
 
 
 def test_an_evaluator_that_cannot_be_sent_is_refused_before_any_work():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,7 @@ class Maker:
     kill_always the same, every time
     fail        this sub-network raises an error of ours
     break_on    this one raises something else
+    sleep_on    this one takes ten minutes
     """
 
     folder: Path
@@ -71,6 +73,7 @@ class Maker:
     kill_always: Candidate | None = None
     fail: Candidate | None = None
     break_on: Candidate | None = None
+    sleep_on: Candidate | None = None
 
     def __call__(self) -> ToyEvaluator:
         with (self.folder / "made").open("a", encoding="utf-8") as file:
@@ -104,6 +107,8 @@ class ToyEvaluator:
         if candidate == self.maker.kill_once and not marker.exists():
             marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
+        if candidate == self.maker.sleep_on:
+            time.sleep(600)
         if candidate == self.maker.fail:
             raise FidelityError("the codes differ", where="layers.0", found=3, fix="look closer", code="E_TOY")
         if candidate == self.maker.break_on:

@@ -128,18 +128,20 @@ def _algorithm(
     aspiration: Aspiration | None,
     budget: Budget,
 ) -> Any:
+    from pymoo.config import Config
+
+    # pymoo without its compiled modules would say so on standard output, which belongs to results. It may do that as
+    # soon as an algorithm is imported.
+    Config.warnings["not_compiled"] = False
+
     from pymoo.algorithms.moo.nsga2 import NSGA2
     from pymoo.algorithms.moo.rnsga2 import RNSGA2
-    from pymoo.config import Config
     from pymoo.core.duplicate import DefaultDuplicateElimination
     from pymoo.core.problem import Problem
     from pymoo.core.termination import NoTermination
     from pymoo.operators.crossover.sbx import SBX
     from pymoo.operators.mutation.pm import PM
     from pymoo.operators.repair.rounding import RoundingRepair
-
-    # It would go to standard output, which belongs to results.
-    Config.warnings["not_compiled"] = False
 
     class Unseen(DefaultDuplicateElimination):  # type: ignore[misc]
         """Sorts out what the generation has twice, and what was evaluated in any generation before."""
