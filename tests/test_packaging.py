@@ -46,7 +46,8 @@ FLOORS = (
     {"job"},
     {"bench", "integrations", "demo", "show"},
     {"verbs"},
-    {"cli", "doctor", "__main__"},
+    {"cli", "doctor"},
+    {"__main__"},
 )
 FLOOR_OF = {name: height for height, names in enumerate(FLOORS) for name in names}
 

@@ -17,7 +17,7 @@ from sparseport import __version__
 from sparseport.errors import EnvironmentProblem, SparseportError, UsageError, VerificationError
 from sparseport.offline import go_offline
 from sparseport.progress import Progress
-from sparseport.verbs import evaluate
+from sparseport.verbs import evaluate, finetune, quantize, sparsify
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -94,6 +94,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_verify(verbs)
     _add_inspect(verbs)
     _add_demo(verbs)
+    sparsify.add_sparsify(_verb(verbs, sparsify.NAME, sparsify.HELP, sparsify.EXAMPLE))
+    quantize.add_quantize(_verb(verbs, quantize.NAME, quantize.HELP, quantize.EXAMPLE))
+    finetune.add_finetune(_verb(verbs, finetune.NAME, finetune.HELP, finetune.EXAMPLE))
     evaluate.add_evaluate(_verb(verbs, evaluate.NAME, evaluate.HELP, evaluate.EXAMPLE))
     return parser
 

@@ -23,6 +23,7 @@ from pydantic import BaseModel
 
 from sparseport import __version__
 from sparseport.errors import BadInput, EnvironmentProblem, OutputExists, UsageError
+from sparseport.nls.artifacts import dense_sparsity
 from sparseport.progress import Progress
 from sparseport.publish import TEMP_PREFIX, staged_output
 from sparseport.recipe import Job, ModelSource, Recipe, load_job
@@ -71,7 +72,7 @@ def run_demo(
     task = _task_facts(finetune.task)
     base = steps.folder("base", [model], lambda out: _make_base(model, out, work_dir / "downloads", wheel, progress))
     sparse = steps.folder("sparse", [sparsify, task], lambda out: _make_sparse(base, job, out, progress))
-    int4 = steps.folder("int4", [quantize, sparsify, task], lambda out: _make_int4(base, sparse, job, out, progress))
+    int4 = steps.folder("int4", [quantize, task], lambda out: _make_int4(base, sparse, job, out, progress))
     adapter = steps.folder("adapter", [finetune, task], lambda out: _make_adapter(sparse, int4, job, out, progress))
     recipe = job.export.model_copy(
         update={
@@ -259,62 +260,31 @@ def _make_base(source: ModelSource, out: Path, downloads: Path, wheel: Path | No
 
 
 def _make_sparse(base: Path, job: Job, out: Path, progress: Progress) -> None:
-    from sparseport.checkpoints.folder import ModelFolder
-    from sparseport.nls.artifacts import write_sparse_base
-    from sparseport.nls.wanda import prune_model
+    from sparseport.nls.steps import make_sparse
+    from sparseport.nls.tasks import load_task
 
-    recipe = job.sparsify
-    assert recipe is not None
-    model, batches = _model_and_calibration(base, job)
-    total = sum(1 for _ in _decoder_linears(model))
-    with progress.task("pruning (Wanda)", total) as step:
-        masks = prune_model(
-            model, batches, sparsity=recipe.sparsity, pattern=recipe.pattern, on_progress=lambda *_: step()
-        )
-    with ModelFolder.open(base) as folder:
-        write_sparse_base(folder, masks, out)
+    assert job.sparsify is not None and job.finetune is not None
+    make_sparse(base, job.sparsify, out, progress, load_task(job.finetune.task, job.finetune.data))
 
 
 def _make_int4(base: Path, sparse: Path, job: Job, out: Path, progress: Progress) -> None:
-    from sparseport.checkpoints.folder import ModelFolder
-    from sparseport.nls.artifacts import write_gptq_base
-    from sparseport.nls.quantize import quantize_model
-    from sparseport.weights.mask import mask_of
+    from sparseport.nls.steps import make_int4
+    from sparseport.nls.tasks import load_task
 
-    recipe = job.quantize
-    assert recipe is not None
-    model, batches = _model_and_calibration(sparse, job)
-    total = sum(1 for _ in _decoder_linears(model))
-    with ModelFolder.open(sparse) as folder, progress.task(f"quantising (INT4, {recipe.method})", total) as step:
-        masks = {name: mask_of(folder.read(f"{name}.weight")) for name, _ in _decoder_linears(model)}
-        weights = quantize_model(
-            model,
-            masks,
-            recipe.method,
-            batches,
-            group_size=recipe.group_size,
-            symmetric=recipe.symmetric,
-            on_progress=lambda *_: step(),
-        )
-        write_gptq_base(folder, weights, out, group_size=recipe.group_size, symmetric=recipe.symmetric)
+    assert job.quantize is not None and job.finetune is not None
+    make_int4(sparse, job.quantize, out, progress, load_task(job.finetune.task, job.finetune.data))
 
 
 def _make_adapter(sparse: Path, int4: Path, job: Job, out: Path, progress: Progress) -> None:
-    from transformers import AutoTokenizer
-
-    from sparseport.nls.finetune import save_adapter, train
-    from sparseport.nls.load import load_for_training
+    from sparseport.nls.steps import make_adapter
     from sparseport.nls.tasks import load_task
 
     recipe = job.finetune
     assert recipe is not None
-    model = load_for_training(sparse, recipe, int4 if recipe.method == "qa_sparse_peft" else None)
-    with progress.task("fine-tuning (NLS)", recipe.steps) as step:
-        task = load_task(recipe.task, recipe.data)
-        samples = train(model, AutoTokenizer.from_pretrained(sparse), task, recipe, lambda *_: step())
-    losses = [sample.loss for sample in samples]
-    progress.note(f"loss {losses[0]:.2f} -> {sum(losses[-5:]) / len(losses[-5:]):.3f}")
-    save_adapter(model, recipe, sparse.name, out, samples)
+    task = load_task(recipe.task, recipe.data)
+    quantized = int4 if recipe.method == "qa_sparse_peft" else None
+    made = make_adapter(sparse, quantized, recipe, task, out, progress)
+    progress.note(f"loss {made['first_loss']:.2f} -> {made['last_loss']:.3f}")
 
 
 def _export(recipe: Recipe, out: Path, progress: Progress) -> None:
@@ -366,21 +336,6 @@ def _measure(job: Job, base: Path, recipe: Recipe, exported: Path, progress: Pro
     }
 
 
-def dense_sparsity(folder: Path) -> float:
-    """Share of zeros among the linear layers' weights (without the head) of a floating-point checkpoint."""
-    from sparseport.checkpoints.folder import ModelFolder
-    from sparseport.weights.mask import mask_of
-
-    zeros = total = 0
-    with ModelFolder.open(folder) as model:
-        for module in model.linear_names():
-            if module != model.head_name:
-                mask = mask_of(model.read(f"{module}.weight"))
-                zeros += int(np.count_nonzero(~mask))
-                total += mask.size
-    return zeros / total
-
-
 def int4_sparsity(recipe: Recipe) -> float:
     """Share of the INT4 base's weights that the sparse base prunes and that are exactly zero.
 
@@ -412,31 +367,6 @@ def _row(label: str, share: float, folder: Path | None, sparsity: float) -> dict
         else f"{sum(p.stat().st_size for p in folder.iterdir() if p.suffix in ('.bin', '.safetensors')) >> 20} MiB"
     )
     return {"model": label, "accuracy": f"{share:.1%}", "size": size, "sparsity": f"{sparsity:.1%}"}
-
-
-def _model_and_calibration(folder: Path, job: Job) -> tuple[Any, Any]:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from sparseport.nls.calibration import calibration_batches
-    from sparseport.nls.encoding import prompt_text
-    from sparseport.nls.tasks import load_task
-
-    assert job.sparsify is not None and job.finetune is not None
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    general = (Path(__file__).parent / "nls" / "calibration.txt").read_text(encoding="utf-8").splitlines()
-    task = load_task(job.finetune.task, job.finetune.data)
-    texts = general + [prompt_text(tokenizer, item) for item in task.train[:128]]
-    batches = calibration_batches(
-        tokenizer, texts, samples=job.sparsify.samples, sequence_length=job.sparsify.sequence_length, seed=0
-    )
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), batches
-
-
-def _decoder_linears(model: Any) -> Any:
-    from sparseport.nls.linears import decoder_linears
-
-    return decoder_linears(model)
 
 
 def _hide_library_bars() -> None:

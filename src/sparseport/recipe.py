@@ -160,6 +160,42 @@ def load_job(path: Path, settings: tuple[str, ...] = (), export: dict[str, Any] 
         BadInput: the file is missing, not YAML, or holds something that a recipe does not know.
         UsageError: an override is not of the form `key=value`.
     """
+    data = _read(path)
+    apply_settings(data, settings)
+    if export:
+        _overlay(data, {"export": export})
+    return _checked(Job, data, str(path))
+
+
+def load_section(kind: type[_Model], path: Path | None, given: dict[str, Any], settings: tuple[str, ...]) -> _Model:
+    """One section of a recipe file, or its defaults, with overrides.
+
+    Args:
+        kind: class of the section.
+        path: the recipe file; its other sections are not looked at. None: all defaults.
+        given: fields that win over the file's.
+        settings: `key=value` overrides (dotted keys within the section, YAML values), which win over both.
+
+    Raises:
+        BadInput: the file is missing, not YAML, or the section holds something that it does not know.
+        UsageError: an override is not of the form `key=value`.
+    """
+    name = next(name for name, field in Job.model_fields.items() if field.annotation in (kind, kind | None))
+    sections = {} if path is None else _read(path)
+    if strange := sorted(set(sections) - set(Job.model_fields)):
+        raise BadInput(
+            f"a recipe has no section {strange[0]!r}", where=path, expected=", ".join(Job.model_fields), code="E_RECIPE"
+        )
+    data = sections.get(name) or {}
+    if not isinstance(data, dict):
+        raise BadInput(f"the section {name!r} is a mapping", where=path, found=type(data).__name__, code="E_RECIPE")
+    _overlay(data, given)
+    apply_settings(data, settings)
+    return _checked(kind, data, str(path or name))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What stands in a recipe file."""
     import yaml
 
     try:
@@ -168,10 +204,7 @@ def load_job(path: Path, settings: tuple[str, ...] = (), export: dict[str, Any] 
         raise BadInput("cannot read the recipe", where=path, found=str(error).splitlines()[0]) from error
     if not isinstance(data, dict):
         raise BadInput("a recipe is a mapping", where=path, found=type(data).__name__)
-    apply_settings(data, settings)
-    if export:
-        _overlay(data, {"export": export})
-    return _checked(Job, data, str(path))
+    return data
 
 
 def _strict_loader() -> Any:

@@ -6,6 +6,7 @@ Defaults are those of the papers: LoRA rank 32, alpha 64, ranks 32, 24, 16 (Shea
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -72,6 +73,12 @@ def flat_modules(modules: Modules) -> tuple[str, ...]:
     return tuple(name for group in modules for name in ((group,) if isinstance(group, str) else group))
 
 
+def _metric(name: str) -> str:
+    if name not in ("wanda", "magnitude") and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
+        raise ValueError("metrics are wanda, magnitude, or a function as package.module:function")
+    return name
+
+
 class CalibrationRecipe(Strict):
     """Text that runs through the model while its layers are measured."""
 
@@ -83,8 +90,11 @@ class CalibrationRecipe(Strict):
 
 
 class SparsifyRecipe(CalibrationRecipe):
-    """Wanda pruning (arXiv 2306.11695)."""
+    """One-shot pruning, by default Wanda's (arXiv 2306.11695)."""
 
+    metric: Annotated[str, AfterValidator(_metric)] = Field(
+        "wanda", description="wanda, magnitude, or a function of yours as package.module:function"
+    )
     sparsity: float = Field(0.5, gt=0.0, lt=1.0, description="share of weights to prune in each row")
     pattern: Literal["unstructured", "2:4", "4:8"] = "unstructured"
 

@@ -150,7 +150,7 @@ def test_a_space_without_elastic_modules_is_refused(sketches):
 
 def test_an_impossible_space_is_refused_before_weights_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     base = folder_of("llama", tmp_path)
-    monkeypatch.setattr("sparseport.nls.load._plain", lambda folder: pytest.fail("weights were read"))
+    monkeypatch.setattr("sparseport.nls.load.load_plain", lambda folder: pytest.fail("weights were read"))
     with pytest.raises(BadInput, match="above the layer's rows"):
         load_for_training(base, recipe_of("llama", widths=[256, 128]))
 

@@ -17,6 +17,7 @@ from sparseport.checkpoints.json_files import write_json
 from sparseport.checkpoints.safetensors import TensorSpec, spec_of, write_safetensors
 from sparseport.errors import BadInput
 from sparseport.weights.linear import Array, Mask, QuantizedWeight
+from sparseport.weights.mask import mask_of
 from sparseport.weights.packing import ZeroPointStorage
 
 _WEIGHT_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json")
@@ -79,6 +80,18 @@ def write_gptq_base(
     write_safetensors(out_dir / "model.safetensors", [*rest, *(spec_of(name, value) for name, value in packed.items())])
     settings = gptq_config_dict(group_size=group_size, sym=symmetric, storage=storage)
     write_json(out_dir / "config.json", {**base.config, "quantization_config": settings})
+
+
+def dense_sparsity(folder: Path) -> float:
+    """Share of zeros among the linear layers' weights (without the head) of a floating-point checkpoint."""
+    zeros = total = 0
+    with ModelFolder.open(folder) as model:
+        for module in model.linear_names():
+            if module != model.head_name:
+                mask = mask_of(model.read(f"{module}.weight"))
+                zeros += int(np.count_nonzero(~mask))
+                total += mask.size
+    return zeros / total
 
 
 def _own_tensors(base: ModelFolder) -> list[str]:

@@ -85,7 +85,7 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, recipe))
     dice = random.Random(recipe.seed)
     torch.manual_seed(recipe.seed + team.index)  # dropout; everything that has to be equal comes from the dice
-    items = list(task.train)
+    items = list(task.examples("train"))
     samples: list[Sample] = []
     model.train()
     for step in range(recipe.steps):

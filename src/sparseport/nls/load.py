@@ -70,7 +70,7 @@ def load_for_training(base: Path, recipe: FinetuneRecipe, quantized: Path | None
         shapes = sketch(base)
         names = adapted_modules(shapes, recipe)
         space = search_space(shapes, recipe)
-        model = _plain(base).requires_grad_(False)
+        model = load_plain(base).requires_grad_(False)
         for name, linear in decoder_linears(model):
             weight = linears.read(name) if quantized is not None else None
             weight = weight if isinstance(weight, QuantizedWeight) else None
@@ -147,7 +147,7 @@ def filled(settings: dict[str, Any], values: Callable[[str], Array]) -> nn.Modul
     return model.eval()  # type: ignore[no-any-return]
 
 
-def _plain(folder: Path) -> nn.Module:
+def load_plain(folder: Path) -> nn.Module:
     """A checkpoint of any kind in float32: transformers' own reading where it knows the files, ours for packed ones."""
     from transformers import AutoModelForCausalLM
 

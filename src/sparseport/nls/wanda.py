@@ -1,4 +1,7 @@
-"""Wanda: pruning by weight magnitude times input norm (Sun et al. 2023, arXiv 2306.11695, eq. 1)."""
+"""One-shot pruning: the weights that count least, row by row, on what the pruned layers before put out.
+
+The default metric is Wanda's, weight magnitude times input norm (Sun et al. 2023, arXiv 2306.11695, eq. 1).
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from sparseport.errors import BadInput, Unsupported, UsageError
 from sparseport.nls.calibration import evaluating, observe_inputs, propagate, trace_layers
+from sparseport.nls.importance import MAGNITUDE, METRICS, WANDA, find_metric, importance
 from sparseport.nls.linears import decoder_layers, layer_linears
 from sparseport.weights.linear import Mask
 
@@ -48,13 +52,32 @@ class InputNorms:
 def wanda_mask(
     weight: Tensor, input_sq_norms: Tensor, *, sparsity: float = 0.5, pattern: str = UNSTRUCTURED, where: str = "weight"
 ) -> Tensor:
-    """Choose the weights to keep by |W_ij| * ||X_j||_2.
-
-    Equal metrics are pruned from the left (stable sort).
+    """Choose the weights to keep by |W_ij| * ||X_j||_2; see `prune_mask`.
 
     Args:
         weight: [out, in], any float dtype.
         input_sq_norms: float32 [in], squared input norms.
+        sparsity: see `prune_mask`.
+        pattern: see `prune_mask`.
+        where: name for error messages.
+
+    Returns:
+        bool [out, in], True = kept.
+
+    Raises:
+        UsageError, Unsupported: see `prune_mask`.
+        BadInput: the norms do not fit the weight, or either holds NaN or Inf.
+    """
+    check_request(sparsity, pattern)
+    values = importance(WANDA, METRICS[WANDA], weight, input_sq_norms, where)
+    return prune_mask(values, sparsity=sparsity, pattern=pattern, where=where)
+
+
+def prune_mask(values: Tensor, *, sparsity: float = 0.5, pattern: str = UNSTRUCTURED, where: str = "weight") -> Tensor:
+    """Choose the weights to keep by their importance. Equal ones are pruned from the left (stable sort).
+
+    Args:
+        values: finite importance of each weight, [out, in]; the smallest are pruned.
         sparsity: fraction to prune. Unstructured: the int(in * sparsity) smallest of every output row.
         pattern: "unstructured", "2:4" or "4:8"; N:M prunes the N smallest of every M consecutive input columns.
         where: name for error messages.
@@ -65,30 +88,17 @@ def wanda_mask(
     Raises:
         UsageError: unknown pattern, sparsity outside 0..1, or a sparsity that is not N/M.
         Unsupported: M does not divide `in`.
-        BadInput: the norms do not fit the weight, or either holds NaN or Inf.
     """
     import torch
 
     check_request(sparsity, pattern)
-    out, cols = weight.shape
-    if tuple(input_sq_norms.shape) != (cols,):
-        raise BadInput(
-            "input norms do not fit the weight", where=where, expected=(cols,), found=tuple(input_sq_norms.shape)
-        )
-    metric = weight.detach().float().abs() * input_sq_norms.sqrt().to(weight.device)
-    if not bool(torch.isfinite(metric).all()):
-        raise BadInput(
-            "weights or calibration inputs hold NaN or Inf",
-            where=where,
-            fix="run the calibration in float32 or bfloat16",
-            code="E_NAN",
-        )
+    out, cols = values.shape
     if pattern == UNSTRUCTURED:
         block, pruned = cols, int(cols * sparsity)
     else:
         pruned, block = N_M[pattern]
         _check_blocks(cols, pattern, where)
-    order = metric.reshape(out, -1, block).argsort(dim=2, stable=True)
+    order = values.reshape(out, -1, block).argsort(dim=2, stable=True)
     mask = torch.ones_like(order, dtype=torch.bool)
     mask.scatter_(2, order[:, :, :pruned], False)
     return mask.reshape(out, cols)
@@ -96,10 +106,11 @@ def wanda_mask(
 
 def prune_model(
     model: nn.Module,
-    batches: Sequence[Tensor],
+    batches: Sequence[Tensor] | None,
     *,
     sparsity: float = 0.5,
     pattern: str = UNSTRUCTURED,
+    metric: str = WANDA,
     on_progress: Progress | None = None,
 ) -> dict[str, Mask]:
     """Prune every linear layer inside the decoder layers, in place; embeddings and head stay dense.
@@ -108,9 +119,10 @@ def prune_model(
 
     Args:
         model: a causal language model of transformers.
-        batches: token ids int64 [batch, tokens], see `calibration_batches`.
-        sparsity: see `wanda_mask`.
-        pattern: see `wanda_mask`.
+        batches: token ids int64 [batch, tokens], see `calibration_batches`; not read by the metric "magnitude".
+        sparsity: see `prune_mask`.
+        pattern: see `prune_mask`.
+        metric: "wanda", "magnitude", or `package.module:function`; see `sparseport.nls.importance`.
         on_progress: called after every linear layer as (module name, done, total).
 
     Returns:
@@ -118,9 +130,14 @@ def prune_model(
 
     Raises:
         BadInput: no batches, inputs that are not finite, or a linear layer that no calibration token reached.
-        UsageError, Unsupported: see `wanda_mask` and `decoder_layers`. The model is not changed then.
+        UsageError, Unsupported: see `prune_mask`, `find_metric` and `decoder_layers`. The model is not changed then.
     """
+    import torch
+
     check_request(sparsity, pattern)
+    measure = find_metric(metric)
+    if metric != MAGNITUDE and not batches:
+        raise BadInput("no calibration batches", expected="at least one", found=0, code="E_CALIBRATION")
     prefix, layers = decoder_layers(model)
     linears = [layer_linears(layer, f"{prefix}.{index}") for index, layer in enumerate(layers)]
     for group in linears:
@@ -129,21 +146,22 @@ def prune_model(
     total = sum(len(group) for group in linears)
     masks: dict[str, Mask] = {}
     with evaluating(model):
-        trace = trace_layers(model, batches)
-        hidden = trace.hidden
+        trace = trace_layers(model, batches) if batches and metric != MAGNITUDE else None
+        hidden = trace.hidden if trace else []
         for index, layer in enumerate(layers):
             norms = {name: InputNorms() for name in linears[index]}
-            observe_inputs(layer, linears[index], norms, hidden, trace.calls[index])
+            if trace:
+                observe_inputs(layer, linears[index], norms, hidden, trace.calls[index])
             for name, linear in linears[index].items():
-                mask = wanda_mask(
-                    linear.weight, _reached(norms[name], name), sparsity=sparsity, pattern=pattern, where=name
-                )
+                squared = _reached(norms[name], name) if trace else torch.zeros(linear.in_features)
+                values = importance(metric, measure, linear.weight, squared, name)
+                mask = prune_mask(values, sparsity=sparsity, pattern=pattern, where=name)
                 # Assigned, not multiplied: a product would leave -0 behind.
                 linear.weight.data[~mask] = 0
                 masks[name] = mask.cpu().numpy()
                 if on_progress:
                     on_progress(name, len(masks), total)
-            if index + 1 < len(layers):
+            if trace and index + 1 < len(layers):
                 hidden = propagate(layer, hidden, trace.calls[index])
     return masks
 

@@ -40,8 +40,8 @@ def read_training_record(path: Path, groups: Sequence[Group]) -> list[Sample]:
 
     Raises:
         BadInput: E_RECORD for a record of another search space, and, with the line's number, for a line that is no
-            step, a step out of order, or a loss that is not finite; E_ELASTIC for sizes outside the search space; E_LIMIT for a file over 1 GiB or a line over
-            1 MiB; E_MISSING or E_PATH.
+            step, a step out of order, or a loss that is not finite; E_ELASTIC for sizes outside the search space;
+            E_LIMIT for a file over 1 GiB or a line over 1 MiB; E_MISSING or E_PATH.
     """
     samples: list[Sample] = []
     last = -1
