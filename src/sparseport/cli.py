@@ -17,7 +17,7 @@ from sparseport import __version__
 from sparseport.errors import EnvironmentProblem, SparseportError, UsageError, VerificationError
 from sparseport.offline import go_offline
 from sparseport.progress import Progress
-from sparseport.verbs import evaluate, finetune, quantize, sparsify
+from sparseport.verbs import evaluate, finetune, quantize, run, search, sparsify
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -97,7 +97,9 @@ def _parser() -> argparse.ArgumentParser:
     sparsify.add_sparsify(_verb(verbs, sparsify.NAME, sparsify.HELP, sparsify.EXAMPLE))
     quantize.add_quantize(_verb(verbs, quantize.NAME, quantize.HELP, quantize.EXAMPLE))
     finetune.add_finetune(_verb(verbs, finetune.NAME, finetune.HELP, finetune.EXAMPLE))
+    search.add_search(_verb(verbs, search.NAME, search.HELP, search.EXAMPLE))
     evaluate.add_evaluate(_verb(verbs, evaluate.NAME, evaluate.HELP, evaluate.EXAMPLE))
+    run.add_run(_verb(verbs, run.NAME, run.HELP, run.EXAMPLE))
     return parser
 
 
