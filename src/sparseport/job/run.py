@@ -66,7 +66,9 @@ def run_job(
         SparseportError: any of its subclasses; finished steps are kept.
     """
     progress = progress or Progress("quiet")
-    job = load_job(job_file, settings, export={"base": "base", "output": str(work_dir / EXPORTED), "overwrite": True})
+    # What the job will make; the sections are checked together with it.
+    filled = {"base": "base", "adapter": "adapter", "output": str(work_dir / EXPORTED), "overwrite": True}
+    job = load_job(job_file, settings, export=filled)
     _check(job, job_file, base)
     steps = Steps(work_dir, _markers(job), progress)
     steps.require_own()
