@@ -152,9 +152,7 @@ def test_the_scaling_lies_in_b_for_openvino(alpha: float, tiny_sparse: Path, tmp
     """A scaling of 2 changes nothing, one of 1.5 is rounded in float32, and that is said."""
     source = dense_adapter(tiny_sparse, tmp_path / "adapter", alpha=alpha, dtype=np.float16)
     fields = {"base": tiny_sparse, "adapter": tmp_path / "adapter", "numerics": False, "tokenizer": False}
-    recipe = make_recipe(
-        {**fields, "output": tmp_path / "out", "target": ["openvino", "onnx"], "branches": "adapter"}
-    )
+    recipe = make_recipe({**fields, "output": tmp_path / "out", "target": ["openvino", "onnx"], "branches": "adapter"})
     result = export(recipe)
     _, branches = _read(result.exports[0].folder)
     scaling = alpha / 4
@@ -209,7 +207,7 @@ def test_the_check_of_the_switch_would_find_a_wrong_scaling(
     with mock.patch.object(genai, "AdapterConfig", half):
         found = compare_switched(str(folder), "openvino", [FILES["openvino"]])
     assert float(found[f"without {FILES['openvino']}"]["judged_max_abs"]) < 1e-4
-    with pytest.raises(FidelityError, match="with adapter.safetensors"):
+    with pytest.raises(FidelityError, match=r"with adapter\.safetensors"):
         judge_numerics(found, "out")
 
 

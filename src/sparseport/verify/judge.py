@@ -11,9 +11,7 @@ from sparseport.child import Child
 from sparseport.errors import FidelityError
 
 
-def check_numerics(
-    folder: Path, target: str, portable: bool = False, adapters: Sequence[str] = ()
-) -> dict[str, Any]:
+def check_numerics(folder: Path, target: str, portable: bool = False, adapters: Sequence[str] = ()) -> dict[str, Any]:
     """Compare the folder's logits with the dequantised reference, in a process of its own; see `compare_logits`.
 
     Adapters in files are switched on and off in another one; see `verify.switched`.

@@ -27,7 +27,9 @@ def adapter_branches(folder: Path, name: str, slots: Mapping[str, SlotShape]) ->
         VerificationError: the file cannot be read, or holds something else than whole branches for these modules.
     """
     parameters = _parameters(folder / name)
-    modules = sorted({parameter[: -len(part)] for parameter in parameters for part in _PARTS if parameter.endswith(part)})
+    modules = sorted(
+        {parameter[: -len(part)] for parameter in parameters for part in _PARTS if parameter.endswith(part)}
+    )
     expected = {f"{module}{part}" for module in modules for part in _PARTS}
     if set(parameters) != expected:
         strange = sorted(set(parameters) ^ expected)[0]

@@ -15,8 +15,8 @@ import numpy as np
 from sparseport.checkpoints.peft import PREFIX
 from sparseport.checkpoints.safetensors import TensorSpec, write_safetensors
 from sparseport.targets.blocks import Block
-from sparseport.targets.openvino.store import WeightStore
 from sparseport.targets.openvino.branches import StoredLowRank
+from sparseport.targets.openvino.store import WeightStore
 from sparseport.weights.linear import Array
 
 ADAPTER = "adapter.safetensors"
