@@ -99,8 +99,8 @@ def switching_notes(recipe: Recipe) -> list[str]:
     if recipe.branches != "adapter" or "openvino" not in recipe.target:
         return []
     return [
-        "OpenVINO GenAI 2026.4 takes the beginnings of prompts from its cache whatever adapter was active then: for right "
-        "answers give LLMPipeline a scheduler_config with enable_prefix_caching = False"
+        "OpenVINO GenAI 2026.4 takes the beginnings of prompts from its cache whatever adapter was active then: for "
+        "right answers give LLMPipeline a scheduler_config with enable_prefix_caching = False"
     ]
 
 

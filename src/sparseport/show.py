@@ -111,8 +111,8 @@ def show_numerics(numerics: dict[str, Any]) -> None:
         name = label if label.startswith(("with ", "without ")) else f"at {name}"
         if "allowed" in run:
             console.print(
-                f"  logits {printable(name)}: max |difference| {run['judged_max_abs']} against torch {run['judged_against']} "
-                f"(allowed {run['allowed']})"
+                f"  logits {printable(name)}: max |difference| {run['judged_max_abs']} "
+                f"against torch {run['judged_against']} (allowed {run['allowed']})"
             )
         else:
             console.print(f"  logits {printable(name)}: KL {run['kl']}, top-1 agreement {float(run['top1']):.2%}")

@@ -207,7 +207,7 @@ def test_the_check_of_the_switch_would_find_a_wrong_scaling(
     with mock.patch.object(genai, "AdapterConfig", half):
         found = compare_switched(str(folder), "openvino", [FILES["openvino"]])
     assert float(found[f"without {FILES['openvino']}"]["judged_max_abs"]) < 1e-4
-    with pytest.raises(FidelityError, match="with adapter.safetensors"):
+    with pytest.raises(FidelityError, match=r"with adapter\.safetensors"):
         judge_numerics(found, "out")
 
 

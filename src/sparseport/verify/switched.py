@@ -2,8 +2,8 @@
 
 ONNX Runtime's logits with the adapter are compared as those of the base are. OpenVINO GenAI gives no logits, but the
 tokens it chooses and the sum of their log-probabilities; both are held against torch, with the adapter and without it,
-in one pipeline that is switched on, off and on again. GenAI 2026.4 finds the beginnings of prompts in its cache by their
-tokens alone, whatever adapter was active then: for right answers the cache of prefixes has to be off, as it is here.
+in one pipeline that is switched on, off and on again. GenAI 2026.4 finds the beginnings of prompts in its cache by
+their tokens alone, whatever adapter was active then: for right answers the cache of prefixes has to be off, as here.
 """
 
 from __future__ import annotations

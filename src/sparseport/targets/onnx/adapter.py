@@ -1,8 +1,8 @@
 """The adapter's file that ONNX Runtime switches on and off: the values of optional inputs of the graph.
 
-ONNX Runtime puts the parameters of a `LoraAdapter` in the place of graph inputs of the same names. Each branch has three:
-`<module>.lora_A` [in, rank], `<module>.lora_B` [rank, out] and `<module>.lora_scaling` [1] (a parameter needs at least
-one dimension). Without an adapter they take their defaults, matrices of rank 0, and the branch adds zeros.
+ONNX Runtime puts the parameters of a `LoraAdapter` in the place of graph inputs of the same names. Each branch has
+three: `<module>.lora_A` [in, rank], `<module>.lora_B` [rank, out] and `<module>.lora_scaling` [1] (a parameter needs at
+least one dimension). Without an adapter they take their defaults, matrices of rank 0, and the branch adds zeros.
 """
 
 from __future__ import annotations

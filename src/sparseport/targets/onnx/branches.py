@@ -2,13 +2,14 @@
 
     x -> MatMul(A^T) -> MatMul(B^T) -> Mul(scaling) -> Add <- product with the base weight <- x
 
-Graph form: the matrices are initializers `<module>.lora_A.weight` [rank, in] and `<module>.lora_B.weight` [out, rank], which are
-transposed and widened as floating-point weights are; the scaling is `<module>.lora_scaling`, float32 [1]. Where one
-node multiplies with the rows of several layers, the results of their branches are joined in the same order.
+In the graph: the matrices are initializers `<module>.lora_A.weight` [rank, in] and `<module>.lora_B.weight`
+[out, rank], which are transposed and widened as floating-point weights are; the scaling is `<module>.lora_scaling`,
+float32 [1]. Where one node multiplies with the rows of several layers, the results of their branches are joined in the
+same order.
 
-Adapter form: the same nodes, but matrices and scaling are optional inputs of the graph, `<module>.lora_A` [in, rank],
-`<module>.lora_B` [rank, out] and `<module>.lora_scaling` [1], which an adapter's file gives. By default the matrices have
-rank 0, and their product is zeros.
+As a place for adapters: the same nodes, but matrices and scaling are optional inputs of the graph, `<module>.lora_A`
+[in, rank], `<module>.lora_B` [rank, out] and `<module>.lora_scaling` [1], which an adapter's file gives. By default the
+matrices have rank 0, and their product is zeros.
 """
 
 from __future__ import annotations
