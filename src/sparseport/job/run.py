@@ -47,6 +47,7 @@ def run_job(
     *,
     base: Path | None = None,
     wheel: Path | None = None,
+    measure: bool = True,
 ) -> dict[str, Any]:
     """Run every step that a job's file has a section for, and verify what was exported.
 
@@ -57,6 +58,7 @@ def run_job(
         progress: where to report steps.
         base: folder of the base model, in place of the file's `model` section.
         wheel: the model's wheel, if it is on disk already.
+        measure: whether accuracy is measured, where there is a task.
 
     Returns:
         `folder`, `exports` (per target the verdict), `search` and `measured` where there are such steps, seconds.
@@ -66,9 +68,7 @@ def run_job(
         SparseportError: any of its subclasses; finished steps are kept.
     """
     progress = progress or Progress("quiet")
-    # What the job will make; the sections are checked together with it.
-    filled = {"base": "base", "adapter": "adapter", "output": str(work_dir / EXPORTED), "overwrite": True}
-    job = load_job(job_file, settings, export=filled)
+    job = _load(job_file, work_dir, settings)
     _check(job, job_file, base)
     steps = Steps(work_dir, _markers(job), progress)
     steps.require_own()
@@ -82,7 +82,7 @@ def run_job(
         if recipe.sub_adapter == SEARCHED:
             recipe = recipe.model_copy(update={"sub_adapter": str(chosen)})
     folder = steps.folder(EXPORTED, [job.export], lambda out: _export(recipe, out, progress), staged=False)
-    if job.finetune is not None:
+    if job.finetune is not None and measure:
         found["measured"] = steps.values(
             "measure", [job.finetune.test_items], lambda: _measure(job, made, recipe, folder, progress)
         )
@@ -93,6 +93,33 @@ def run_job(
         "seconds": round(time.monotonic() - started, 1),
         "steps_seconds": steps.seconds,
     }
+
+
+def finished_recipe(
+    job_file: Path, work_dir: Path, settings: tuple[str, ...] = (), *, base: Path | None = None
+) -> Recipe:
+    """The export recipe of a job that has run: other sub-networks of its super-adapter can be exported with it.
+
+    Raises:
+        BadInput: the file is no job.
+    """
+    job = _load(job_file, work_dir, settings)
+    made = {
+        name: work_dir / name if section is not None else None
+        for name, section in (("sparse", job.sparsify), ("int4", job.quantize), ("adapter", job.finetune))
+    }
+    recipe = _export_recipe(job, Inputs(base or work_dir / "base", **made), work_dir)
+    if recipe.sub_adapter == SEARCHED:
+        from sparseport.nls.searching import CHOSEN
+
+        return recipe.model_copy(update={"sub_adapter": str(work_dir / "search" / CHOSEN)})
+    return recipe
+
+
+def _load(job_file: Path, work_dir: Path, settings: tuple[str, ...]) -> Job:
+    # What the job will make; the sections are checked together with it.
+    filled = {"base": "base", "adapter": "adapter", "output": str(work_dir / EXPORTED), "overwrite": True}
+    return load_job(job_file, settings, export=filled)
 
 
 def _check(job: Job, job_file: Path, base: Path | None) -> None:
