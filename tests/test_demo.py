@@ -53,8 +53,8 @@ def made(monkeypatch):
         if name == "openvino":
             (out / "sparseport.json").write_text("{}")
 
-    monkeypatch.setattr(demo, "_hide_library_bars", lambda: None)
-    monkeypatch.setattr(demo, "_make_base", lambda source, out, *rest: step("base", out))
+    monkeypatch.setattr(demo, "hide_library_bars", lambda: None)
+    monkeypatch.setattr(demo, "make_base", lambda source, out, *rest: step("base", out))
     monkeypatch.setattr(demo, "_make_sparse", lambda base, job, out, progress: step("sparse", out))
     monkeypatch.setattr(demo, "_make_int4", lambda base, sparse, job, out, progress: step("int4", out))
     monkeypatch.setattr(demo, "_make_adapter", lambda sparse, int4, job, out, progress: step("adapter", out))

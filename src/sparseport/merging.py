@@ -7,7 +7,7 @@ from dataclasses import replace
 from sparseport.checkpoints.safetensors_header import numpy_dtype
 from sparseport.merge.fq_lora import merge_fq_lora
 from sparseport.merge.layer import Merged, hold_mask, merge_layer
-from sparseport.merge.subnetwork import cut_weight
+from sparseport.merge.subnetwork import cut_branch, cut_weight
 from sparseport.plan import LayerPlan
 from sparseport.recipe import Recipe
 from sparseport.sources import Sources
@@ -30,7 +30,8 @@ def merge_planned(recipe: Recipe, sources: Sources, layer: LayerPlan) -> Merged:
     weight = cut_weight(merged.weight, rows, columns, layer.module)
     # What the whole layer revived may lie in the part that is cut away.
     kept_revived = 0 if weight.mask is None or not merged.revived else revived(weight, weight.mask)
-    return replace(merged, weight=weight, revived=kept_revived)
+    branch = None if merged.branch is None else cut_branch(merged.branch, rows, columns)
+    return replace(merged, weight=weight, revived=kept_revived, branch=branch)
 
 
 def _merge_whole(recipe: Recipe, sources: Sources, layer: LayerPlan) -> Merged:
@@ -55,7 +56,7 @@ def _merge_whole(recipe: Recipe, sources: Sources, layer: LayerPlan) -> Merged:
         base = sources.dense(layer.module, layer.rule)
         if sources.mask_available(layer.module):
             sparse = sources.sparse_dense(layer.module)
-    branch = None if layer.rule == "carry" else sources.branch(layer.module)
+    branch = None if layer.rank is None else sources.branch(layer.module)
     return merge_layer(
         layer.rule, base, branch, sparse, layer.module, rounding=recipe.rounding, mask_policy=recipe.mask_policy
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from sparseport.branches import branch_notes, hand_over, take_adapter
 from sparseport.compress import compress_folder
 from sparseport.evidence import Facts, for_target, linear_facts, recipe_facts, revived_note, totals
 from sparseport.extras import require_packages
@@ -23,6 +24,7 @@ from sparseport.recipe import Recipe, Target
 from sparseport.sources import Sources, open_sources
 from sparseport.targets.read_back import open_reader
 from sparseport.targets.writer import TargetWriter, as_stored
+from sparseport.verify.adapters import require_adapters
 from sparseport.verify.bits import require_read_back
 from sparseport.verify.certificate import SCHEMA, Certificate, certified_folders, file_facts
 from sparseport.verify.judge import check_numerics
@@ -133,6 +135,9 @@ def _export(
                 merged = _merge_all(recipe, sources, layers, writers, step)
             layers.notes.extend(revived_note(merged))
             linears = {target: for_target(merged, layers, target) for target in recipe.target}
+            for target in recipe.target:
+                layers.notes.extend(branch_notes(linears[target], target, recipe.branch_dtype))
+            adapters = {target: take_adapter(recipe, target, linears[target]) for target in recipe.target}
             tensors = _add_tensors(recipe, sources, layers, small, writers)
             with progress.task("hashing inputs"):
                 inputs = sources.facts()
@@ -160,7 +165,7 @@ def _export(
             "inputs": inputs,
             "versions": {**writers[target].versions, "numpy": np.__version__},
         }
-        facts = linears[target], tensors[target], writers[target].around
+        facts = linears[target], tensors[target], writers[target].around, adapters[target]
         proof = _prove(recipe, target, folders[target], *facts, progress)
         certificates[target] = Certificate({**body, **proof})
     return certificates
@@ -179,11 +184,21 @@ def _open_writer(
     if target == "onnx":
         from sparseport.targets.onnx.writer import OnnxWriter
 
-        return OnnxWriter(folder, scratch, base.path, config, small, recipe.tokenizer, recipe.embedding, recipe.onnx)
+        return OnnxWriter(
+            folder,
+            scratch,
+            base.path,
+            config,
+            small,
+            recipe.tokenizer,
+            recipe.embedding,
+            recipe.onnx,
+            recipe.branches,
+        )
     from sparseport.targets.openvino.writer import OpenVinoWriter
 
     dtype = _dtype_label(recipe, layers)
-    return OpenVinoWriter(folder, scratch, base.path, config, small, recipe.tokenizer, dtype)
+    return OpenVinoWriter(folder, scratch, base.path, config, small, recipe.tokenizer, dtype, recipe.branches)
 
 
 def _merge_all(
@@ -200,6 +215,8 @@ def _merge_all(
         for target, writer in writers.items():
             writer.add_linear(layer.name, merged.weight, layer.stored[target].layout)
         facts[layer.name] = linear_facts(layer, merged, sources, recipe)
+        if merged.branch is not None:
+            facts[layer.name]["branch"] = hand_over(layer.name, merged.branch, writers, recipe)
         sources.release()
         step()
     return facts
@@ -248,6 +265,7 @@ def _prove(
     linears: Facts,
     tensors: Facts,
     around: dict[str, Any],
+    adapters: dict[str, Facts],
     progress: Progress,
 ) -> dict[str, Any]:
     """Read a written folder back, compare its logits, and return these parts of its certificate.
@@ -256,16 +274,19 @@ def _prove(
         FidelityError: a weight is not the one that was merged, or the logits are not the model's.
     """
     with progress.task(_step("reading back", target, recipe), len(linears)) as step:
-        require_read_back(open_reader(target, folder), target, linears, tensors, around, step)
+        reader = open_reader(target, folder)
+        require_read_back(reader, target, linears, tensors, around, step)
+        require_adapters(reader, target, adapters)
     numerics: dict[str, Any] = {"run": False}
     if recipe.numerics:
         with progress.task(_step("comparing logits", target, recipe)):
-            numerics = check_numerics(folder, target, recipe.onnx.portable)
+            numerics = check_numerics(folder, target, recipe.onnx.portable, sorted(adapters))
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {
         "linears": linears,
         "tensors": tensors,
         **({"graph": around} if around else {}),
+        **({"adapters": adapters} if adapters else {}),
         "totals": totals(linears),
         "numerics": numerics,
         "files": {path.relative_to(folder).as_posix(): file_facts(path) for path in files},

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sparseport.branches import WAY_OUT, branch_rule, require_branches, switching_notes
 from sparseport.checkpoints.dialect import LayerFormat
 from sparseport.errors import BadInput, EnvironmentProblem, FidelityError, SparseportError, Unsupported
 from sparseport.merge.subnetwork import cut_group_size
@@ -43,12 +44,12 @@ class LayerPlan:
     """One linear layer's way through the export.
 
     module        name in the checkpoint
-    rule          carry, lora, sparse_peft, qa_sparse_peft or fq_lora
+    rule          carry, lora, sparse_peft, qa_sparse_peft, fq_lora, or branch (carried, with its adapter beside it)
     shape         [out, in] of what leaves
     source        format in the checkpoint (`int4 g64 asym`, `float16`)
     stored        target -> form in the output
     group_size    columns per group in the source, or None
-    rank          active adapter rank, or None
+    rank          active adapter rank, or None; of a carried layer it is that of a branch in an adapter's file
     refusal       why this layer cannot be exported, or None
     whole_shape   [out, in] in the checkpoint, if a sub-network cuts the layer
     written       name in what is written, if a sub-network numbers its blocks anew
@@ -147,6 +148,7 @@ def make_plan(recipe: Recipe, sources: Sources) -> Plan:
         and not name.endswith(_COMPUTED)
     ]
     stored = sum(form.bytes for layer in layers for form in layer.stored.values())
+    stored += _branch_bytes(recipe, layers) * len(recipe.target)
     other = sum(int(np.prod(sources.base.info(name).shape)) for name in tensors)
     other *= 4 if recipe.embedding == "fp32" else 2
     weights = sum(rows * columns for rows, columns in (layer.shape for layer in layers)) + other // 2
@@ -173,9 +175,18 @@ def make_plan(recipe: Recipe, sources: Sources) -> Plan:
     )
 
 
+def _branch_bytes(recipe: Recipe, layers: list[LayerPlan]) -> int:
+    """Size of un-merged branches on disk, for one target; at most, because some adapters are stored in 16 bits."""
+    if recipe.branches == "refuse":
+        return 0
+    width = 2 if recipe.branch_dtype == "fp16" else 4
+    return sum(width * (layer.rank or 0) * sum(layer.shape) for layer in layers)
+
+
 def _problem(recipe: Recipe, sources: Sources) -> SparseportError | None:
     try:
         require_head_size(recipe, sources.base.config, str(sources.base.path))
+        require_branches(recipe, sources)
     except SparseportError as error:
         return error
     return None
@@ -237,7 +248,7 @@ def _plan_layer(module: str, adapted: bool, recipe: Recipe, sources: Sources) ->
         return _plan_fq_lora(module, form, recipe, sources)
     if adapted:
         rank = sources.rank_of(module)
-        rule = _rule(module, form.quantized, sources)
+        rule = branch_rule(recipe) if recipe.branches != "refuse" else _rule(module, form.quantized, sources)
     if form.group_size is not None:
         assert form.bits is not None
         group = form.group_size if shape[1] == form.shape[1] else cut_group_size(form.group_size, shape[1])
@@ -325,7 +336,7 @@ def _rule(module: str, quantized: bool, sources: Sources) -> str:
             "merging this adapter into INT4 would re-quantise the base",
             where=module,
             code="E_RULE",
-            fix="train it with quantization_aware (QA-SparsePEFT), or merge into the floating-point base",
+            fix=f"{WAY_OUT}; or train it with quantization_aware (QA-SparsePEFT)",
         )
     if adapter.sparse_adapter:
         pruned = sources.dense(module).mask is not None
@@ -346,7 +357,7 @@ def _rule(module: str, quantized: bool, sources: Sources) -> str:
             where=module,
             found=f"{int(mask.size - np.count_nonzero(mask))} of {mask.size} weights are zero",
             code="E_RULE",
-            fix="train with sparse_adapter (SparsePEFT) and merge with rule sparse_peft",
+            fix=f"{WAY_OUT}; or train it with sparse_adapter (SparsePEFT)",
         )
     return "lora"
 
@@ -369,8 +380,8 @@ def _notes(recipe: Recipe, sources: Sources, layers: list[LayerPlan]) -> list[st
             notes.append("the adapter changes nothing: every lora_B is zero")
     if computed := _computed_frequencies(sources):
         notes.append(f"{len(computed)} rotary frequency tensors are left out: the graph computes them from the config")
-    notes += _regrouping(layers)
-    if any(layer.group_size and layer.rule == "carry" for layer in layers) and sources.sparse is None:
+    notes += _regrouping(layers) + switching_notes(recipe)
+    if any(layer.group_size and layer.rule in ("carry", "branch") for layer in layers) and sources.sparse is None:
         notes.append(
             "no sparse base was given: pruned weights cannot be told from weights that are zero by rounding, "
             "so the certificate states digests but no mask"

@@ -82,6 +82,14 @@ class Recipe(Strict):
         "stored", description="dtype that the base was loaded in when an NNCF FQ_LORA checkpoint was tuned or stripped"
     )
     gguf_dtype: Literal["float16", "float32"] = Field("float16", description="dtype of a dequantised .gguf base")
+    branches: Literal["refuse", "graph", "adapter"] = Field(
+        "refuse",
+        description="an adapter that no merge keeps exact: refuse; graph: beside its base in the graph; "
+        "adapter: a file of its own, which the runtime switches on and off",
+    )
+    branch_dtype: Literal["stored", "fp16"] = Field(
+        "stored", description="dtype of un-merged branches: as in the adapter's files, or rounded to float16"
+    )
     embedding: Literal["fp16", "fp32", "int8"] = Field("fp16", description="how embedding and head are stored")
     compress: CompressionRecipe = CompressionRecipe()
     onnx: OnnxRecipe = OnnxRecipe()
@@ -100,6 +108,19 @@ class Recipe(Strict):
         if "onnx" in self.target and self.compress.mode != "none":
             raise ValueError(
                 "compression is OpenVINO's; export to onnx in a run of its own, where floating-point layers stay so"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _branches_need_an_adapter(self) -> Recipe:
+        if self.branches != "refuse" and self.adapter is None:
+            raise ValueError("branches need an adapter: give --adapter DIR, or leave --branches away")
+        if self.branches == "refuse" and self.branch_dtype != "stored":
+            raise ValueError("branch_dtype belongs to un-merged branches: give --branches graph or adapter as well")
+        if self.branches == "adapter" and self.onnx.portable:
+            raise ValueError(
+                "OpenVINO does not read an ONNX graph with places for adapters: leave --onnx-portable away, "
+                "or give --branches graph"
             )
         return self
 

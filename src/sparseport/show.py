@@ -108,13 +108,14 @@ def show_numerics(numerics: dict[str, Any]) -> None:
         if not isinstance(run, dict):
             continue
         name = _SETTINGS.get(label, label.replace("_", " "))
+        name = label if label.startswith(("with ", "without ")) else f"at {name}"
         if "allowed" in run:
             console.print(
-                f"  logits at {name}: max |difference| {run['judged_max_abs']} against torch {run['judged_against']} "
-                f"(allowed {run['allowed']})"
+                f"  logits {printable(name)}: max |difference| {run['judged_max_abs']} "
+                f"against torch {run['judged_against']} (allowed {run['allowed']})"
             )
         else:
-            console.print(f"  logits at {name}: KL {run['kl']}, top-1 agreement {float(run['top1']):.2%}")
+            console.print(f"  logits {printable(name)}: KL {run['kl']}, top-1 agreement {float(run['top1']):.2%}")
 
 
 def show_verdicts(verdicts: list[Verdict], numerics: list[dict[str, Any] | None], unequal: list[str]) -> None:

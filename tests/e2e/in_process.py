@@ -25,6 +25,7 @@ STEPS = {
     FRONTEND: "build_frontend",
     BUILDER: "build_graph",
     "sparseport.verify.numerics": "compare_logits",
+    "sparseport.verify.switched": "compare_switched",
     "sparseport.checkpoints.gguf": "_convert",
 }
 _USERS = (

@@ -18,9 +18,16 @@ CONFIGS = sorted((Path(__file__).parents[2] / "export_configs").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem != "demo"], ids=lambda path: path.stem)
 def test_recipe_runs(
-    path: Path, tmp_path: Path, tiny_qa_inputs: dict[str, Any], tiny_sp_inputs: dict[str, Any]
+    path: Path,
+    tmp_path: Path,
+    tiny_qa_inputs: dict[str, Any],
+    tiny_sp_inputs: dict[str, Any],
+    tiny_adapter_dense: Path,
 ) -> None:
-    inputs = tiny_sp_inputs if "sparse_peft" in path.stem and "qa" not in path.stem else tiny_qa_inputs
+    sparse = path.stem.startswith(("sparse_peft", "shears"))
+    inputs = dict(tiny_sp_inputs if sparse else tiny_qa_inputs)
+    if "branches:" in path.read_text():
+        inputs["adapter"] = tiny_adapter_dense
     named = re.findall(r"^  (base|sparse_base|adapter):", path.read_text(), re.MULTILINE)
     options = [part for name in named for part in (f"--{name.replace('_', '-')}", str(inputs[name]))]
     output = tmp_path / "out"

@@ -20,7 +20,10 @@ from e2e.formats import Line, settle, shown
 from e2e.in_process import in_process
 from sparseport.checkpoints.folder import ModelFolder
 from sparseport.checkpoints.peft import AdapterFolder
+from sparseport.recipe import make_recipe
+from sparseport.sources import open_sources
 from sparseport.targets.openvino import readback
+from sparseport.weights.digest import digest
 from sparseport.weights.linear import DenseWeight, QuantizedWeight
 
 OURS = "this repository"
@@ -269,6 +272,74 @@ def test_peft(options: str, tiny_base: Path, tmp_path: Path) -> None:
             "f16",
         )
     )
+
+
+def _stays_beside(folder: Path, base: Path, adapter: Path) -> int:
+    """Base weights are the checkpoint's, and beside them stand the adapter's matrices; returns the adapted layers."""
+    model = readback.read_model(folder / "openvino_model.xml")
+    written = {item.name.removesuffix(".weight"): item.weight for item in readback.weights(model)}
+    with open_sources(make_recipe({"base": base, "output": folder})) as sources:
+        for module in sources.base.linear_names()[:14]:
+            assert digest(written[module]) == digest(sources.linears.read(module)), module
+    from safetensors.numpy import load_file
+
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    found = {beside.module: beside.branch for beside in readback.branches(model)}
+    for module, branch in found.items():
+        a, b = (tensors[f"base_model.model.{module}.lora_{side}.weight"] for side in "AB")
+        rank = _ranks_of_heuristic().get(module, 8)
+        assert branch.scaling == 2.0 and np.array_equal(branch.a, a[:rank]) and np.array_equal(branch.b, b[:, :rank])
+    assert len(found) == len(tensors) // 2
+    return len(found)
+
+
+BESIDE = {
+    "sparse": "Shears: dense adapter beside a sparse base (`--branches graph`)",
+    "int4": "SQFT: floating-point adapter beside an INT4 base (`--branches graph`)",
+}
+
+
+@shown(kind=BESIDE)
+def test_branches_in_the_graph(
+    kind: str, tiny_sparse: Path, tiny_int4: Path, tiny_adapter_dense: Path, tmp_path: Path
+) -> None:
+    base = tiny_sparse if kind == "sparse" else tiny_int4
+    inputs = {"base": base, "adapter": tiny_adapter_dense, "sub_adapter": "heuristic"}
+    result = export_to_both(tmp_path, **inputs, branches="graph")
+    count = _stays_beside(result.folder, base, tiny_adapter_dense)
+    what = "values and zeros" if kind == "sparse" else "codes, zero-points, scales"
+    exact = f"{what} of the base: equal; A, B and scaling beside it: equal to the adapter's at those ranks"
+    settle(Line(BESIDE[kind], OURS, "-", f"{count} layers", exact, "f16" if kind == "sparse" else "u4 g32"))
+
+
+SWITCHED = {
+    "sparse": "Shears: dense adapter in a file of its own (`--branches adapter`)",
+    "int4": "SQFT: floating-point adapter in a file of its own (`--branches adapter`)",
+}
+
+
+@shown(kind=SWITCHED)
+def test_branches_in_a_file(
+    kind: str, tiny_sparse: Path, tiny_int4: Path, tiny_adapter_dense: Path, tmp_path: Path
+) -> None:
+    from safetensors.numpy import load_file
+
+    base = tiny_sparse if kind == "sparse" else tiny_int4
+    result = export_to_both(tmp_path, base=base, adapter=tiny_adapter_dense, branches="adapter")
+    plain = export_to_both(tmp_path / "plain", base=base)
+    digests = [{m: f["weight_sha256"] for m, f in one.certificate.linears.items()} for one in (result, plain)]
+    assert digests[0] == digests[1]
+    tensors = load_file(tiny_adapter_dense / "adapter_model.safetensors")
+    written = load_file(result.folder / "adapter.safetensors")
+    assert set(written) == set(tensors)
+    for name, values in tensors.items():
+        assert np.array_equal(written[name], values * np.float32(2) if "lora_B" in name else values), name
+    what = "values and zeros" if kind == "sparse" else "codes, zero-points, scales"
+    exact = (
+        f"{what}: equal to an export of the base alone; A: equal, B: equal or times the scaling, which is exact here"
+    )
+    form = "f16" if kind == "sparse" else "u4 g32"
+    settle(Line(SWITCHED[kind], OURS, "-", f"{len(tensors) // 2} layers", exact, form))
 
 
 def _nncf_space(node: str, **width: Any) -> dict[str, Any]:

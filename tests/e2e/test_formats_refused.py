@@ -11,7 +11,7 @@ import pytest
 
 from dialects import quantised_llama
 from e2e.formats import Refusal, refused, settle
-from sparseport.errors import FidelityError, SparseportError, Unsupported
+from sparseport.errors import BadInput, FidelityError, SparseportError, Unsupported
 from sparseport.pipeline import plan
 from sparseport.plan import require_exportable
 from sparseport.recipe import make_recipe
@@ -164,6 +164,21 @@ def test_dense_adapter_on_a_sparse_base(tiny_sparse: Path, tiny_adapter: Path, t
 def test_dense_adapter_on_an_int4_base(tiny_int4: Path, tiny_adapter: Path, tmp_path: Path) -> None:
     adapter = _dense_adapter(tiny_adapter, tmp_path / "adapter")
     _refuse("SQFT: floating-point adapter merged into an INT4 base", _refusal(base=tiny_int4, adapter=adapter))
+
+
+BRANCHED = {"SparsePEFT": "SparsePEFT adapter, un-merged", "QA": "QA-SparsePEFT adapter, un-merged"}
+
+
+@refused(kind=BRANCHED)
+def test_adapters_that_are_merged_stay_so(
+    kind: str, tiny_sparse: Path, tiny_int4: Path, tiny_adapter: Path, tiny_adapter_sparse: Path
+) -> None:
+    base, adapter = (tiny_sparse, tiny_adapter_sparse) if kind == "SparsePEFT" else (tiny_int4, tiny_adapter)
+    with pytest.raises(BadInput) as caught:
+        require_exportable(
+            plan(make_recipe({"output": "never", "base": base, "adapter": adapter, "branches": "graph"}))
+        )
+    _refuse(BRANCHED[kind], caught.value)
 
 
 @refused("LoNAS sub-network with narrower layers")

@@ -36,12 +36,12 @@ def test_nan_is_not_a_small_difference() -> None:
 
 
 @pytest.mark.parametrize(("error", "fine"), [(4e-3, True), (2e-2, False), (float("nan"), False)])
-def test_float64_judges_where_float32_is_not_exact_enough(error: float, fine: bool) -> None:
+def test_float64judgeds_where_float32_is_not_exact_enough(error: float, fine: bool) -> None:
     """A stand-in network that is off by 3e-3 in float32 and exact in float64."""
     from types import SimpleNamespace
 
     torch = pytest.importorskip("torch")
-    from sparseport.verify.numerics import _judge, logits_of
+    from sparseport.verify.numerics import judged, logits_of
 
     class Network:
         noise = 3e-3
@@ -55,5 +55,5 @@ def test_float64_judges_where_float32_is_not_exact_enough(error: float, fine: bo
 
     network = Network()
     reference = logits_of(network, [1, 2])
-    judged = _judge(network, [1, 2], reference, np.full((2, 3), error, np.float32))
+    judged = judged(network, [1, 2], reference, np.full((2, 3), error, np.float32))
     assert (float(judged["judged_max_abs"]) <= float(judged["allowed"])) == fine

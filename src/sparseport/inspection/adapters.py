@@ -51,13 +51,19 @@ def inspect_adapter(path: Path, reading: Reading) -> Inspection:
         choices = list(CHOICES)
     found.keeps.append(
         {
-            "LoRA": "a dense base is merged; a sparse or INT4 base is refused, because the merge would break it",
+            "LoRA": "a dense base is merged; on a sparse or INT4 base, which the merge would break, --branches graph "
+            "or --branches adapter keeps the adapter beside it, un-merged and exact",
             "SparsePEFT": "every pruned weight of the base stays zero in the merge",
             "QA-SparsePEFT": "zero-points and scales of the INT4 base stay; every pruned weight has code == zero-point",
         }[kind]
     )
     pickle = ["--allow-pickle"] if reading.allow_pickle else []
-    found.next = _choices([*EXPORT, *needs, "--adapter", word(path), *pickle], choices)
+    command = [*EXPORT, *needs, "--adapter", word(path), *pickle]
+    found.next = _choices(command, choices)
+    if kind == "LoRA":
+        found.next += [
+            line for form in ("graph", "adapter") for line in _choices([*command, "--branches", form], choices[:1])
+        ]
     return found
 
 

@@ -19,6 +19,11 @@ def inspect_export(path: Path) -> Inspection:
         "linear layers": f"{totals['linears']}, {totals['weights']:,} weights, {totals['int4_linears']} in INT4",
         "pruned": f"{totals['pruned']:,} of {totals['masked_weights']:,}, {totals['revived']:,} of them not zero",
     }
+    beside = sum("branch" in facts for facts in certificate.linears.values())
+    if beside:
+        found.facts["un-merged branches"] = f"beside {beside} layers, in the graph"
+    for file, branches in sorted(certificate.adapters.items()):
+        found.facts[f"adapter {file}"] = f"un-merged branches for {len(branches)} layers, which the runtime switches"
     found.next = [as_command(["sparseport", "verify", word(path)])]
     return found
 

@@ -57,6 +57,10 @@ def inspect_base(path: Path, reading: Reading, on_layer: Step) -> Inspection:
     if any(layer.format.startswith("int") for layer in layers):
         adapter = ["--sparse-base", Placeholder("SPARSE-BASE"), "--adapter", Placeholder("QA-SPARSEPEFT-ADAPTER")]
     found.next.append(as_command([*command, *adapter, "--output", Placeholder("OUT")]))
+    pruned = any(layer.zeros > SPARSE_FROM * layer.weights for layer in layers if layer.stored != WITH_EMBEDDING)
+    if pruned or any(layer.format.startswith("int") for layer in layers):
+        beside = ["--adapter", Placeholder("DENSE-ADAPTER"), "--branches", "graph"]
+        found.next.append(as_command([*command, *beside, "--output", Placeholder("OUT")]))
     return found
 
 

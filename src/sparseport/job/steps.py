@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from sparseport import __version__
+from sparseport.checkpoints.paths import file_sha256
 from sparseport.errors import OutputExists
 from sparseport.progress import Progress
 from sparseport.publish import TEMP_PREFIX, staged_output
@@ -119,3 +120,22 @@ class Steps:
     @property
     def _file(self) -> Path:
         return self.work_dir / "state.json"
+
+
+def task_facts(task: str, data: Path | None = None) -> dict[str, str]:
+    """What names a task's content: its name, and the digests of its files if it is not one of the package's own."""
+    path = Path(task)
+    if path.is_file():
+        return {"task": task, "sha256": file_sha256(path)}
+    if data is None:
+        return {"task": task}
+    files = sorted(path for path in data.rglob("*.jsonl") if path.is_file())
+    return {"task": task, "sha256": hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()}
+
+
+def hide_library_bars() -> None:
+    """transformers shows a bar for every file it reads; ours are about the work."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()

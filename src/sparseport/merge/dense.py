@@ -24,7 +24,7 @@ def merge_lora(base: DenseWeight, branch: LowRankBranch, where: str) -> DenseWei
             "a dense LoRA merge would fill the pruned weights of a sparse base",
             where=where,
             found=f"{int((~base.mask).sum())} pruned weights",
-            fix="train with sparse_adapter (SparsePEFT) and merge with rule sparse_peft, or keep the adapter un-merged",
+            fix="train with sparse_adapter (SparsePEFT) and merge with rule sparse_peft, or give --branches graph",
             code="E_RULE",
         )
     return replace(base, values=_add(base.values, scaled_delta_for(base.shape, branch, where), where))

@@ -21,11 +21,13 @@ class Merged:
     weight       what leaves, with its mask
     revived      pruned weights of the mask that are not zero in it (0 unless the policy is keep-codes)
     re_pruned    weights that the policy `reapply` set back to zero
+    branch       the adapter, where it stays un-merged beside the weight
     """
 
     weight: QuantizedWeight | DenseWeight
     revived: int = 0
     re_pruned: int = 0
+    branch: LowRankBranch | None = None
 
 
 def merge_layer(
@@ -41,9 +43,9 @@ def merge_layer(
     """Return the layer that leaves.
 
     Args:
-        rule: carry, lora, sparse_peft or qa_sparse_peft.
+        rule: carry, branch (a base that is carried beside its un-merged adapter), lora, sparse_peft or qa_sparse_peft.
         base: the base's weight.
-        branch: the adapter, for every rule but `carry`.
+        branch: the adapter, for every rule but `carry`; `branch` keeps it as it is.
         sparse: the sparse floating-point base, for `qa_sparse_peft`; its mask also judges a carried INT4 layer.
         where: module name, for messages.
         rounding: how QA-SparsePEFT rounds.
@@ -58,8 +60,9 @@ def merge_layer(
         _check_finite(base, where)
     if isinstance(base, DenseWeight) and sparse is not None:
         _check_same_values(base, sparse, where)
-    if rule == "carry":
-        return hold_mask(base, sparse.mask if sparse is not None else base.mask, where, mask_policy)
+    if rule in ("carry", "branch"):
+        held = hold_mask(base, sparse.mask if sparse is not None else base.mask, where, mask_policy)
+        return replace(held, branch=branch)
     assert branch is not None
     if rule == "qa_sparse_peft":
         assert isinstance(base, QuantizedWeight) and sparse is not None

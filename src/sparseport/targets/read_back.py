@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from sparseport.weights.linear import DenseWeight, QuantizedWeight
+from sparseport.weights.linear import DenseWeight, LowRankBranch, QuantizedWeight
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -30,6 +30,26 @@ class ReadBack:
     added: int = 0
 
 
+@dataclass(frozen=True)
+class BranchBack:
+    """One un-merged branch found beside the product of its module: values in the dtypes they are stored in."""
+
+    module: str
+    branch: LowRankBranch
+
+
+@dataclass(frozen=True)
+class SlotShape:
+    """What a place for adapters takes.
+
+    shape   [out, in] of its layer
+    dtypes  of a and of b
+    """
+
+    shape: tuple[int, int]
+    dtypes: tuple[str, str]
+
+
 class GraphReader(Protocol):
     """A written graph, parsed from disk by code that did not write it."""
 
@@ -48,6 +68,22 @@ class GraphReader(Protocol):
 
         Raises:
             VerificationError: a weight is stored or used in a way that is not known, or its parts do not fit.
+        """
+        ...
+
+    def branches(self) -> Iterator[BranchBack]:
+        """After `weights`: yield the un-merged branch of every module that has one.
+
+        Raises:
+            VerificationError: a branch is computed or used in a way that is not known.
+        """
+        ...
+
+    def adapter(self, name: str) -> Iterator[BranchBack]:
+        """After `weights`: yield the branches of an adapter's file beside the graph, as the runtime will use them.
+
+        Raises:
+            VerificationError: the file cannot be read, or the runtime would give a branch to another layer.
         """
         ...
 

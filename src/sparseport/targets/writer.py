@@ -10,7 +10,7 @@ import numpy as np
 
 from sparseport.errors import BadInput, Unsupported
 from sparseport.weights.layouts import GroupLayout
-from sparseport.weights.linear import Array, DenseWeight, QuantizedWeight
+from sparseport.weights.linear import Array, DenseWeight, LowRankBranch, QuantizedWeight
 
 # Rows converted at a time, so that a large embedding is never copied whole.
 _ROWS = 1024
@@ -32,6 +32,10 @@ class TargetWriter(Protocol):
 
     def add_linear(self, module: str, weight: QuantizedWeight | DenseWeight, layout: GroupLayout | None) -> None:
         """Store a linear layer's weight; a quantised one in the groups of `layout`."""
+        ...
+
+    def add_branch(self, module: str, branch: LowRankBranch) -> None:
+        """Store the un-merged branch of a linear layer that was added, as `weights.branch.stored_branch` gives it."""
         ...
 
     def add_tensor(self, name: str, values: Array) -> dict[str, Any]:

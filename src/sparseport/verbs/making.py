@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparseport import __version__
 from sparseport.errors import EnvironmentProblem, UsageError
+from sparseport.job.steps import hide_library_bars
 from sparseport.progress import Progress
 from sparseport.publish import staged_output
 
@@ -91,11 +92,3 @@ def made_by(folder: Path) -> str | None:
 def progress_of(options: argparse.Namespace, main: bool = True) -> Progress:
     """Progress for one process of a team: the main one reports."""
     return Progress("quiet" if options.quiet or not main else "auto")
-
-
-def hide_library_bars() -> None:
-    """transformers shows a bar for every file it reads; ours are about the work."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()

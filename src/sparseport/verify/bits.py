@@ -8,6 +8,7 @@ from typing import Any
 
 from sparseport.errors import FidelityError, VerificationError
 from sparseport.targets.read_back import GraphReader
+from sparseport.weights.branch import branch_digest
 from sparseport.weights.digest import array_digest, digest, value_digest
 from sparseport.weights.grouping import collapse
 from sparseport.weights.linear import DenseWeight, QuantizedWeight
@@ -23,6 +24,7 @@ class GraphDigests:
     kinds     module -> element type that holds it (`i4`, `u4`, `f16`)
     tensors   tensor name -> digest of the stored values
     values    tensor name -> digest of the numbers whatever float dtype holds them; None if they are quantised
+    branches  module -> digest of the un-merged branch beside its weight
     unproven  names of matrices that the graph uses and nobody certified
     around    what the reader says of the graph around the weights
     """
@@ -31,6 +33,7 @@ class GraphDigests:
     kinds: dict[str, str] = field(default_factory=dict)
     tensors: dict[str, str] = field(default_factory=dict)
     values: dict[str, str | None] = field(default_factory=dict)
+    branches: dict[str, str] = field(default_factory=dict)
     unproven: list[str] = field(default_factory=list)
     around: dict[str, Any] = field(default_factory=dict)
 
@@ -80,7 +83,13 @@ def digest_graph(
             else:
                 found.tensors[item.name] = digest(weight)
                 found.values[item.name] = None
+    for beside in graph.branches():
+        if beside.module in found.branches:
+            raise VerificationError("a layer has two branches", where=beside.module)
+        found.branches[beside.module] = branch_digest(beside.branch)
     known = set(found.linears) | set(found.tensors) | {f"{module}.weight" for module in found.linears}
+    # Whether they are certified is asked by name: a branch of a layer that has none is a difference of its own.
+    known |= {f"{module}.lora_{side}.weight" for module in found.branches for side in "AB"}
     found.unproven = graph.unnamed_matrices(known)
     if not found.unproven:
         found.around = graph.around()
@@ -152,6 +161,18 @@ def require_read_back(
         # What the plan expected is not always what is best to store: all zero-points of 8 make u4 an i4.
         stored_group = facts.get("stored_group_size")
         facts["stored"] = found.kinds[module] + (f" g{stored_group}" if stored_group else "")
+    certified = {module: facts["branch"] for module, facts in linears.items() if "branch" in facts}
+    for module in sorted({*certified, *found.branches}):
+        expected = certified.get(module, {}).get("branch_sha256")
+        if found.branches.get(module) != expected:
+            raise FidelityError(
+                "the written branch is not the adapter's",
+                where=f"{file}, {module}",
+                expected=str(expected)[:16],
+                found=str(found.branches.get(module))[:16],
+                code="E_READBACK",
+            )
+        certified[module]["readback"][target] = found.branches[module]
     for name, facts in tensors.items():
         same = (
             found.tensors.get(name) == facts["compressed_sha256"]

@@ -61,6 +61,11 @@ class Certificate:
         return dict(self.body["tensors"])
 
     @property
+    def adapters(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """Per file of un-merged branches, per module: rank, scaling, digests."""
+        return dict(self.body.get("adapters", {}))
+
+    @property
     def files(self) -> dict[str, dict[str, Any]]:
         """Per output file: size in bytes and SHA-256."""
         return dict(self.body["files"])
@@ -180,6 +185,11 @@ def _is_true_or_false(value: object) -> bool:
     return isinstance(value, bool)
 
 
+def _is_branch(value: object) -> bool:
+    """What the certificate says of an un-merged branch; `readback` names the target alone, as that of a weight."""
+    return isinstance(value, dict) and _is_text(value.get("branch_sha256")) and _is_read_back(value.get("readback"))
+
+
 _Checks = dict[str, Callable[[object], bool]]
 # What verification and inspection rely on: part -> key -> what its value has to be.
 _OF_EVERY_ENTRY: dict[str, _Checks] = {
@@ -192,6 +202,7 @@ _WHERE_PRESENT: _Checks = {
     "tied_head": _is_true_or_false,
     "places": _is_names,
     "added": _is_count,
+    "branch": _is_branch,
 }
 _OF_TOTALS: _Checks = {
     **dict.fromkeys(("linears", "int4_linears", "weights", "masked_weights", "pruned", "revived"), _is_count),
@@ -212,13 +223,16 @@ def _check_structure(data: dict[str, Any], path: Path) -> None:
         raise VerificationError("the certificate has an unknown target", where=path, expected=TARGETS, found=target)
     if not isinstance(data.get("graph", {}), dict):
         raise VerificationError("the certificate's entry is of another type", where=f"{path}, graph")
+    _check_adapters(data.get("adapters", {}), data.get("files"), target, path)
     for part, checks in _OF_EVERY_ENTRY.items():
         entries = data.get(part)
         if not isinstance(entries, dict) or (part == "files" and not entries):
             raise VerificationError("the certificate lacks a part", where=path, expected=part)
         for name, facts in entries.items():
             _check_entry(facts, checks, {} if part == "files" else _WHERE_PRESENT, f"{path}, {part}, {name}")
-            if part != "files" and target not in facts["readback"]:
+            read_back = [] if part == "files" else [facts["readback"]]
+            read_back += [facts["branch"]["readback"]] if "branch" in facts else []
+            if any(target not in found for found in read_back):
                 raise VerificationError(
                     "the certificate's entry was not read back from its target's folder",
                     where=f"{path}, {part}, {name}",
@@ -229,6 +243,23 @@ def _check_structure(data: dict[str, Any], path: Path) -> None:
         if not _is_inside(name):
             raise VerificationError("the certificate names a file outside the folder", where=path, found=name[:80])
     _check_entry(data.get("totals"), _OF_TOTALS, {}, f"{path}, totals")
+
+
+def _check_adapters(adapters: object, files: object, target: str, path: Path) -> None:
+    """Every adapter is a file of the folder, and every branch in it was read back.
+
+    Raises:
+        VerificationError: one is not.
+    """
+    if not isinstance(adapters, dict):
+        raise VerificationError("the certificate's entry is of another type", where=f"{path}, adapters")
+    for name, branches in adapters.items():
+        where = f"{path}, adapters, {name[:80]}"
+        if not isinstance(files, dict) or name not in files or not isinstance(branches, dict) or not branches:
+            raise VerificationError("the certificate's entry is incomplete or of another type", where=where)
+        for module, facts in branches.items():
+            if not _is_branch(facts) or target not in facts["readback"]:
+                raise VerificationError("the certificate's entry was not read back", where=f"{where}, {module[:80]}")
 
 
 def _check_entry(facts: object, required: _Checks, optional: _Checks, where: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from sparseport.errors import SparseportError, VerificationError
 from sparseport.extras import missing
 from sparseport.targets.read_back import open_reader
+from sparseport.verify.adapters import adapter_differences
 from sparseport.verify.bits import digest_graph
 from sparseport.verify.certificate import FILE_NAME, Certificate, file_facts
 
@@ -88,7 +89,10 @@ def _weight_differences(
     target = certificate.target
     certified = {"weight": certificate.linears, "tensor": certificate.tensors}
     try:
-        found = digest_graph(open_reader(target, folder), certified["weight"], certified["tensor"], on_step)
+        reader = open_reader(target, folder)
+        found = digest_graph(reader, certified["weight"], certified["tensor"], on_step)
+        present = {name: facts for name, facts in certificate.adapters.items() if (folder / name).is_file()}
+        beside = adapter_differences(reader, target, present)
     except ModuleNotFoundError as error:
         raise missing(error.name, target) from error
     except SparseportError as error:
@@ -103,12 +107,29 @@ def _weight_differences(
     differences += [f"{graph_file}: matrix {name} is used but not certified" for name in found.unproven]
     if not found.unproven and found.around != certificate.around:
         differences.append(f"{graph_file}: the graph around the weights changed")
+    differences += _branch_differences(certificate, found.branches, graph_file, data_file) + beside
     for kind, digests in (("weight", found.linears), ("tensor", found.tensors)):
         for name, facts in sorted(certified[kind].items()):
             if name not in digests:
                 differences.append(f"{graph_file}: {kind} {name} is not in the graph")
             elif digests[name] != facts["readback"][target]:
                 differences.append(f"{data_file}: {kind} {name} changed")
+    return differences
+
+
+def _branch_differences(certificate: Certificate, found: dict[str, str], graph_file: str, data_file: str) -> list[str]:
+    """What is wrong with the branches beside base weights: one that is gone, one too many, another one."""
+    certified = {module: facts["branch"] for module, facts in certificate.linears.items() if "branch" in facts}
+    differences = []
+    for module in sorted({*certified, *found}):
+        if module not in certified:
+            differences.append(f"{graph_file}: branch of {module} is in the graph but not certified")
+        elif module not in found:
+            differences.append(f"{graph_file}: branch of {module} is not in the graph")
+        elif found[module] != certified[module]["readback"][certificate.target]:
+            differences.append(f"{data_file}: branch of {module} changed")
+        elif found[module] != certified[module]["branch_sha256"]:
+            differences.append(f"sparseport.json: branch of {module} was not read back as it was written")
     return differences
 
 

@@ -18,6 +18,7 @@ from sparseport.checkpoints.sub_config import block_of, in_whole_model, kept_blo
 from sparseport.errors import FidelityError
 from sparseport.targets.empty_model import config_of, empty_model, read_settings
 from sparseport.targets.read_back import GraphReader, open_reader
+from sparseport.verify.branched import attach
 from sparseport.verify.runs import DECODE_TOKENS, PREFILL_TOKENS, runs_of
 from sparseport.weights.linear import DenseWeight, QuantizedWeight
 from sparseport.weights.rounding import dequantize
@@ -50,7 +51,7 @@ def compare_logits(folder: str, target: str = "openvino", portable: bool = False
         `allowed`; `tokens`, `prefill_tokens` and `text`.
     """
     path = Path(folder)
-    tokens, from_text = _tokens(path)
+    tokens, from_text = sample_tokens(path)
     network = reference_of(path, open_reader(target, path))
     reference = logits_of(network, tokens)
     compared: dict[str, dict[str, Any]] = {}
@@ -58,7 +59,7 @@ def compare_logits(folder: str, target: str = "openvino", portable: bool = False
         logits = run.logits(tokens)
         compared[run.label] = {**drift(reference, logits), "settings": dict(run.settings)}
         if run.judged:
-            compared[run.label] |= _judge(network, tokens, reference, logits)
+            compared[run.label] |= judged(network, tokens, reference, logits)
     return {
         **compared,
         "tokens": len(tokens),
@@ -67,7 +68,7 @@ def compare_logits(folder: str, target: str = "openvino", portable: bool = False
     }
 
 
-def _judge(network: Any, tokens: list[int], reference: F32, logits: F32) -> dict[str, str]:
+def judged(network: Any, tokens: list[int], reference: F32, logits: F32) -> dict[str, str]:
     """The largest difference that is allowed, and against what it is measured.
 
     Some models have a token whose activations are huge; there float32 itself is off by more than the tolerance, torch's
@@ -109,7 +110,7 @@ def logits_of(network: Any, tokens: list[int]) -> F32:
 
 
 def reference_of(folder: Path, graph: GraphReader) -> Any:
-    """The Hugging Face model of `config.json` in float32, filled with the weights of a graph.
+    """The Hugging Face model of `config.json` in float32, filled with the weights of a graph, its branches un-merged.
 
     For a sub-network that is the whole model it was cut from, with zeros wherever something was cut away: the graph is
     compared with the masked model itself, not with another one that was cut in the same way.
@@ -122,7 +123,10 @@ def reference_of(folder: Path, graph: GraphReader) -> Any:
         shapes[name] = tuple(parameter.shape)
         if parameter.dim() == 2:
             shapes[name.removesuffix(".weight")] = tuple(parameter.shape)
-    return _filled(settings, ((item.name, item.weight, item.added) for item in graph.weights(shapes)))
+    network = _filled(settings, ((item.name, item.weight, item.added) for item in graph.weights(shapes)))
+    for beside in graph.branches():
+        attach(network, in_whole_model(beside.module, kept_blocks(settings)), beside.branch)
+    return network
 
 
 def reference_model(folder: Path, weights: Iterable[tuple[str, QuantizedWeight | DenseWeight]]) -> Any:
@@ -183,7 +187,8 @@ def _within(values: F32, whole: tuple[int, ...]) -> F32:
     return result
 
 
-def _tokens(folder: Path) -> tuple[list[int], bool]:
+def sample_tokens(folder: Path) -> tuple[list[int], bool]:
+    """Tokens to compare logits on: of `SAMPLE_TEXT`, or pseudo-random ones without a tokenizer; and whether of it."""
     import json
 
     wanted = PREFILL_TOKENS + DECODE_TOKENS

@@ -51,6 +51,11 @@ class Run:
     judged: bool = False
 
 
+def adapter_run(folder: Path, adapter: str) -> Run:
+    """The run of an ONNX folder at full precision with one of its adapters switched on."""
+    return _onnx_runs(folder, folder / adapter)[0]
+
+
 def runs_of(target: str, folder: Path, portable: bool = False) -> list[Run]:
     """The runs to compare for a folder, full precision first; a portable ONNX folder is run by OpenVINO as well."""
     if target == "openvino":
@@ -69,7 +74,7 @@ def _openvino_runs(folder: Path) -> list[Run]:
     ]
 
 
-def _onnx_runs(folder: Path) -> list[Run]:
+def _onnx_runs(folder: Path, adapter: Path | None = None) -> list[Run]:
     """Exact and fast products, and the one of them that the folder itself asks for."""
     import onnx
 
@@ -77,7 +82,7 @@ def _onnx_runs(folder: Path) -> list[Run]:
     written, level = accuracy_levels(model), _exact_level(model)
 
     def run(level: int | None) -> Callable[[list[int]], F32]:
-        return lambda tokens: onnx_logits(folder, tokens, level)
+        return lambda tokens: onnx_logits(folder, tokens, level, adapter)
 
     exact = {} if level is None else {"accuracy_level": str(level)}
     runs = [Run("full_precision", run(level), exact, judged=True)]
@@ -135,15 +140,16 @@ def onnx_session(folder: Path, level: int | None = None, threads: int = 0) -> An
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=providers)
 
 
-def onnx_logits(folder: Path, tokens: list[int], level: int | None = None) -> F32:
-    """Logits [tokens, vocabulary] of an ONNX folder; see `onnx_session`."""
-    return _logits(open_onnx(folder, level), tokens)
+def onnx_logits(folder: Path, tokens: list[int], level: int | None = None, adapter: Path | None = None) -> F32:
+    """Logits [tokens, vocabulary] of an ONNX folder, with an adapter's file switched on; see `onnx_session`."""
+    return _logits(open_onnx(folder, level, adapter=adapter), tokens)
 
 
-def open_onnx(folder: Path, level: int | None = None, threads: int = 0) -> OnnxSession:
-    """An ONNX folder, ready to read tokens; arguments as for `onnx_session`."""
+def open_onnx(folder: Path, level: int | None = None, threads: int = 0, adapter: Path | None = None) -> OnnxSession:
+    """An ONNX folder, ready to read tokens; arguments as for `onnx_session`, and an adapter's file to switch on."""
     session = onnx_session(folder, level, threads)
-    return OnnxSession(session, empty_cache(folder, [port.name for port in session.get_inputs()]))
+    active = None if adapter is None else _with_adapter(adapter)
+    return OnnxSession(session, empty_cache(folder, [port.name for port in session.get_inputs()]), active)
 
 
 def exact_level(folder: Path) -> int | None:
@@ -156,6 +162,17 @@ def exact_level(folder: Path) -> int | None:
 def _exact_level(model: Any) -> int | None:
     fused = any(node.op_type == "DequantizeLinear" for node in model.graph.node)
     return EXACT_LEVEL if accuracy_levels(model) or fused else None
+
+
+def _with_adapter(file: Path) -> tuple[Any, Any]:
+    """An adapter, to be held until the runs are over, and options of a run that switch it on."""
+    import onnxruntime
+
+    adapter = onnxruntime.LoraAdapter()
+    adapter.Load(str(file))
+    options = onnxruntime.RunOptions()
+    options.add_active_adapter(adapter)
+    return adapter, options
 
 
 def empty_cache(folder: Path, inputs: list[str]) -> dict[str, F32]:

@@ -71,10 +71,14 @@ class OnnxSession:
 
     session  onnxruntime.InferenceSession
     empty    the cache of no tokens
+    active   an adapter and the options of a run that switch it on, or None
     """
 
-    def __init__(self, session: Any, empty: dict[str, F32]) -> None:
+    def __init__(self, session: Any, empty: dict[str, F32], active: tuple[Any, Any] | None = None) -> None:
         self._session = session
+        # Held as long as the session: ONNX Runtime keeps no adapter alive, and goes on without one that is gone.
+        self._adapter: Any = None if active is None else active[0]
+        self._options: Any = None if active is None else active[1]
         self._inputs = {port.name for port in session.get_inputs()}
         self._outputs = [port.name for port in session.get_outputs()]
         self._empty = empty
@@ -99,7 +103,7 @@ class OnnxSession:
 
     def _run(self, tokens: Sequence[int]) -> tuple[F32, dict[str, F32]]:
         feed = feeds(np.array([tokens], np.int64), self._seen + len(tokens), self._inputs)
-        result = dict(zip(self._outputs, self._session.run(None, {**feed, **self._cache}), strict=True))
+        result = dict(zip(self._outputs, self._session.run(None, {**feed, **self._cache}, self._options), strict=True))
         logits = np.array(result.pop("logits")[0], np.float32)
         return logits, {name.replace("present", "past_key_values"): value for name, value in result.items()}
 

@@ -26,7 +26,7 @@ def digest(weight: DenseWeight | QuantizedWeight) -> str:
     sha = hashlib.sha256(f"{header} order={order}\n".encode("ascii"))
     for array in (weight.codes, weight.zero_points, weight.scales, weight.input_order):
         if array is not None:
-            sha.update(_canonical_bytes(array))
+            sha.update(canonical_bytes(array))
     return sha.hexdigest()
 
 
@@ -34,7 +34,7 @@ def array_digest(values: Array) -> str:
     """SHA-256 (hex) of any array: its dtype, shape and values."""
     shape = "x".join(str(n) for n in values.shape)
     sha = hashlib.sha256(f"dense {shape} {values.dtype.name}\n".encode("ascii"))
-    sha.update(_canonical_bytes(values))
+    sha.update(canonical_bytes(values))
     return sha.hexdigest()
 
 
@@ -44,7 +44,7 @@ def value_digest(values: Array) -> str:
     sha = hashlib.sha256(f"values {shape}\n".encode("ascii"))
     flat = values.reshape(-1)
     for start in range(0, flat.size, _BLOCK):
-        sha.update(_canonical_bytes(flat[start : start + _BLOCK].astype(np.float32)))
+        sha.update(canonical_bytes(flat[start : start + _BLOCK].astype(np.float32)))
     return sha.hexdigest()
 
 
@@ -55,7 +55,8 @@ def mask_digest(mask: Mask) -> str:
     return sha.hexdigest()
 
 
-def _canonical_bytes(array: Array) -> memoryview:
+def canonical_bytes(array: Array) -> memoryview:
+    """The bytes of an array in C order, little endian."""
     little = np.ascontiguousarray(array)
     if little.dtype.byteorder == ">":
         little = little.astype(little.dtype.newbyteorder("<"))

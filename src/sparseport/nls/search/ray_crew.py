@@ -35,6 +35,7 @@ class RayCrew:
 
     What is started listens on the loopback interface only, without dashboard and usage statistics, and ends with the
     search.
+    On a cluster every machine needs this package and the files that the evaluator opens, at the same paths.
     """
 
     def __init__(self, make_evaluator: MakeEvaluator, workers: int, gpus: float) -> None:

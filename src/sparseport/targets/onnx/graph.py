@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from sparseport.errors import FidelityError, Unsupported
+from sparseport.targets.onnx.branches import StoredLowRank, joinable_with_branches, product_beside
 from sparseport.targets.onnx.data_file import DataFile
-from sparseport.targets.onnx.products import JOIN, Products, joinable
+from sparseport.targets.onnx.products import JOIN, Products
 from sparseport.targets.onnx.standard_ops import to_standard_ops
 from sparseport.targets.onnx.store import Layout, OnnxStore, Stored
 from sparseport.targets.onnx.structure import (
@@ -24,6 +25,7 @@ from sparseport.targets.onnx.structure import (
     node_entry,
     product_entry,
     structure_digest,
+    with_branches,
 )
 from sparseport.weights.linear import Array
 
@@ -56,6 +58,7 @@ def write_model(
     small: Mapping[str, Array],
     store: OnnxStore,
     accuracy_level: int,
+    branches: Mapping[str, StoredLowRank] | None = None,
 ) -> Written:
     """Write `model.onnx` and `model.onnx.data` into a folder.
 
@@ -67,6 +70,7 @@ def write_model(
         small: tensor name -> values of norms and biases, any float dtype; stored as float32.
         store: the scratch file.
         accuracy_level: of MatMulNBits; 1 computes in float32, 4 quantises activations to int8.
+        branches: module -> its un-merged branch in `store`, for modules that have one.
 
     Raises:
         FidelityError: a layer has no place in the graph, or a place no layer.
@@ -74,6 +78,7 @@ def write_model(
     """
     import onnx
 
+    branches = branches or {}
     model = onnx.load(skeleton, load_external_data=False)
     graph = model.graph
     outside = {tensor.name for tensor in graph.initializer if tensor.external_data}
@@ -87,10 +92,11 @@ def write_model(
     placeholders = [tensor for tensor in graph.initializer if tensor.name in outside]
     _replace(graph.initializer, [*kept, *tensors, *placeholders])
     standard = store.layout is not Layout.NBITS
-    expected = _structure(model, answer, stored, {tensor.name for tensor in tensors} | outside, standard)
+    graph.input.extend(port for branch in branches.values() if branch.slot for port in branch.ports())
+    expected = _structure(model, answer, stored, branches, {tensor.name for tensor in tensors} | outside, standard)
     with DataFile(folder, store) as data:
         products = Products(data, accuracy_level)
-        places = _fill(graph, products, answer, stored)
+        places = _fill(graph, products, answer, stored, branches)
         own = [_outside_if_large(tensor, data) for tensor in kept]
     _replace(graph.node, products.nodes)
     made = {output for node in products.nodes for output in node.output}
@@ -104,7 +110,12 @@ def write_model(
 
 
 def _structure(
-    model: Any, answer: Mapping[str, Any], stored: Mapping[str, Stored], weights: set[str], standard: bool
+    model: Any,
+    answer: Mapping[str, Any],
+    stored: Mapping[str, Stored],
+    branches: Mapping[str, StoredLowRank],
+    weights: set[str],
+    standard: bool,
 ) -> str:
     """Digest of the builder's graph before any weight is in it: what a reader has to find around the weights.
 
@@ -112,6 +123,7 @@ def _structure(
         model: the graph, its norms and biases under the checkpoint's names.
         answer: what the builder said of it.
         stored: the layers that will be put in.
+        branches: the branches that will stand beside some of them.
         weights: names of norms, biases and placeholders.
         standard: whether the graph will be rewritten in standard operators.
     """
@@ -126,7 +138,9 @@ def _structure(
     for node in plain.graph.node:
         modules = _modules(answer, node.name, stored)
         if modules is not None:
-            entries.append(product_entry(node.name, node.input[0], node.output[0], modules))
+            product = product_entry(node.name, node.input[0], node.output[0], modules)
+            beside = [branches[module] for module in modules if module in branches]
+            entries.append(with_branches(product, [b.module for b in beside], any(b.slot for b in beside)))
         elif node.op_type == "Gather" and _is_placeholder(plain.graph, node.input[0]):
             entries.append(look_up_entry(node.name, node.input[1], node.output[0], answer["embedding"]))
         else:
@@ -172,7 +186,11 @@ def _own_name(name: str) -> str:
 
 
 def _fill(
-    graph: Any, products: Products, answer: Mapping[str, Any], stored: Mapping[str, Stored]
+    graph: Any,
+    products: Products,
+    answer: Mapping[str, Any],
+    stored: Mapping[str, Stored],
+    branches: Mapping[str, StoredLowRank],
 ) -> dict[str, list[str]]:
     """Every node of the skeleton again, with products and look-ups of what was stored; returns where each is used."""
     embedding = answer["embedding"]
@@ -185,10 +203,10 @@ def _fill(
         elif modules is None:
             products.nodes.append(node)
         else:
-            names = _products(products, node, modules, [_of(module, stored) for module in modules])
+            names = _products(products, node, modules, [_of(module, stored) for module in modules], branches)
             for module, name in zip(modules, names, strict=True):
                 places.setdefault(module, []).append(name)
-    if missing := sorted(set(stored) - set(places)):
+    if missing := sorted((set(stored) | set(branches)) - set(places)):
         raise FidelityError(
             "the graph has no place for this layer",
             where=missing[0],
@@ -197,16 +215,23 @@ def _fill(
     return places
 
 
-def _products(products: Products, node: Any, modules: Sequence[str], parts: Sequence[Stored]) -> list[str]:
+def _products(
+    products: Products,
+    node: Any,
+    modules: Sequence[str],
+    parts: Sequence[Stored],
+    branches: Mapping[str, StoredLowRank],
+) -> list[str]:
     """One product for all parts, or one for each; returns the name of the node that each part is in."""
-    if joinable(parts):
-        products.product(node.name, node.input[0], node.output[0], parts)
+    if joinable_with_branches(modules, parts, branches):
+        product_beside(products, node.name, node.input[0], node.output[0], modules, parts, branches)
         return [node.name] * len(parts)
-    # Layers that are stored differently cannot share one product; their results are joined instead.
+    # Layers that are stored differently, or of which some have a branch, cannot share one product; their results are
+    # joined instead.
     outputs = [f"{node.output[0]}/{module}" for module in modules]
     names = [f"{node.name}/{module}" for module in modules]
-    for name, output, part in zip(names, outputs, parts, strict=True):
-        products.product(name, node.input[0], output, [part])
+    for module, name, output, part in zip(modules, names, outputs, parts, strict=True):
+        product_beside(products, name, node.input[0], output, [module], [part], branches)
     products.node("Concat", outputs, node.output[0], f"{node.name}/Concat", axis=-1)
     return names
 

@@ -46,6 +46,7 @@ class OnnxGraph:
         graph = self.model.graph
         self.nodes = list(graph.node)
         self.tensors: dict[str, Any] = {}
+        self.inputs = {port.name: port for port in graph.input}
         self.producers: dict[str, Any] = {}
         self.users: dict[str, list[Any]] = {}
         for tensor in graph.initializer:
@@ -240,7 +241,9 @@ class OnnxGraph:
         copy.CopyFrom(self.model)
         del copy.graph.initializer[:]
         for tensor in self.tensors.values():
-            copy.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+            if tensor.name not in self.inputs:
+                port = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+                copy.graph.input.append(port)
         for node in copy.graph.node:
             if node.op_type in _NOT_ONNX:
                 node.domain = _CONTRIB

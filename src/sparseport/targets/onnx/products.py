@@ -177,7 +177,11 @@ class Products:
     def _floats(self, name: str, blocks: list[Block]) -> str:
         """Rows of several blocks as one float32 tensor; half precision is stored as it is and widened."""
         self._joined(name, blocks)
-        if blocks[0].element_type == "FLOAT":
+        return self.widened(name, blocks[0].element_type)
+
+    def widened(self, name: str, element_type: str) -> str:
+        """A value as float32: itself, or what a Cast makes of it."""
+        if element_type == "FLOAT":
             return name
         if f"{name}/float" not in self._made:
             self._cast(name, f"{name}/float")

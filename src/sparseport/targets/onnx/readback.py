@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 
 from sparseport.errors import VerificationError
+from sparseport.targets.onnx.adapter_back import adapter_branches
+from sparseport.targets.onnx.branch_back import FoundBranch, find_branches, is_branch_constant
 from sparseport.targets.onnx.graph_file import OnnxGraph
 from sparseport.targets.onnx.structure import Entry, look_up_entry, node_entry, product_entry, structure_digest
-from sparseport.targets.read_back import ReadBack, Shapes
+from sparseport.targets.read_back import BranchBack, ReadBack, Shapes
 from sparseport.weights.grouping import without_filling
 from sparseport.weights.linear import U8, Array, DenseWeight, QuantizedWeight
 
@@ -52,8 +54,9 @@ class OnnxReader:
 
     def __init__(self, graph: OnnxGraph) -> None:
         self.graph = graph
-        # What `weights` came across: products and look-ups, and names of norms and biases.
+        # What `weights` came across: products and look-ups, branches, and names of norms and biases.
         self._entries: list[Entry] = []
+        self._branches: list[FoundBranch] = []
         self._norms: set[str] = set()
 
     @classmethod
@@ -78,6 +81,7 @@ class OnnxReader:
                 raise VerificationError("a weight is used in two different ways", where=label)
             self._entries.extend(use.entry for use in uses)
             yield from _split(found, tuple(places[label]), shapes)
+        self._branches = find_branches(self.graph, self._entries)
         self._norms.clear()
         for name in self.graph.tensors:
             values = self._small(name)
@@ -87,6 +91,17 @@ class OnnxReader:
                     raise VerificationError("weight is not used", where=name)
                 self._norms.add(name)
                 yield from _split_small(name, values, users, shapes)
+
+    def branches(self) -> Iterator[BranchBack]:
+        """See `GraphReader.branches`."""
+        for branch in self._branches:
+            if not branch.slot:
+                yield branch.read(self.graph)
+
+    def adapter(self, name: str) -> Iterator[BranchBack]:
+        """See `GraphReader.adapter`."""
+        slots = {branch.module: branch.takes(self.graph) for branch in self._branches if branch.slot}
+        return adapter_branches(self.graph.folder, name, slots)
 
     def around(self) -> dict[str, Any]:
         """See `GraphReader.around`: a digest of what is no weight, and the accuracy levels of MatMulNBits."""
@@ -117,10 +132,11 @@ class OnnxReader:
     def unnamed_matrices(self, named: set[str]) -> list[str]:
         """See `GraphReader.unnamed_matrices`."""
         unknown = set()
+        slots = {f"{branch.module}.lora_{side}" for branch in self._branches if branch.slot for side in "AB"}
         for node in self.graph.nodes:
             for side in _MATRIX_SIDES.get(node.op_type, ()):
                 constant = self.graph.constant_behind(node.input[side], _PASSED) if side < len(node.input) else None
-                if constant is None or _ROTARY.match(constant):
+                if constant is None or _ROTARY.match(constant) or constant in slots:
                     continue
                 if sum(length != 1 for length in self.graph.shape(constant)) < 2:
                     continue
@@ -151,8 +167,8 @@ class OnnxReader:
             if graph.constant_behind(node.input[0], _PASSED) is not None:
                 raise VerificationError("a weight stands on the left side of a product", where=node.name)
             constant = graph.constant_behind(node.input[1], _PASSED)
-            if constant is None or len(graph.shape(constant)) < 2:
-                return
+            if constant is None or len(graph.shape(constant)) < 2 or is_branch_constant(constant):
+                return  # branches are followed when all products are known
             if constant.endswith(".codes"):
                 yield constant.removesuffix(".codes"), lambda: self._dequantized(node)
             else:
@@ -402,6 +418,9 @@ def _joined(node: Any, products: Mapping[str, Entry]) -> Entry | None:
     if any(part["name"] != f"{name}/{part['of'][0]}" or part["in"] != found[0]["in"] for part in found):
         return None
     entry = product_entry(name, found[0]["in"][0], node.output[0], [module for part in found for module in part["of"]])
+    for kind in ("branches", "slots"):
+        if beside := [module for part in found for module in part.get(kind, [])]:
+            entry[kind] = beside
     return {**entry, "parts": list(node.input)}
 
 

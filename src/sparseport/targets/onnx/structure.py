@@ -21,6 +21,14 @@ def product_entry(name: str, x: str, y: str, modules: Sequence[str]) -> Entry:
     return {"op": "product", "name": name, "in": [x], "out": [y], "of": list(modules)}
 
 
+def with_branches(entry: Entry, modules: Sequence[str], slots: bool) -> Entry:
+    """A product whose result is the sum with the un-merged branches of these of its layers; without any, itself.
+
+    slots  whether they are places that an adapter's file fills
+    """
+    return {**entry, "slots" if slots else "branches": list(modules)} if modules else entry
+
+
 def look_up_entry(name: str, indices: str, y: str, module: str) -> Entry:
     """y = the rows of a table that the indices name, in float32."""
     return {"op": "look-up", "name": name, "in": [indices], "out": [y], "of": [module]}

@@ -12,6 +12,8 @@ from sparseport.child import Child
 from sparseport.errors import Unsupported
 from sparseport.recipe import OnnxRecipe
 from sparseport.targets.model_files import copy_tokenizer_files, write_config, write_generation_config
+from sparseport.targets.onnx.adapter import ADAPTER, write_adapter_file
+from sparseport.targets.onnx.branches import StoredLowRank, store_branch
 from sparseport.targets.onnx.builder import SKELETON
 from sparseport.targets.onnx.folder import token_ids, write_genai_config
 from sparseport.targets.onnx.graph import Written, write_model
@@ -20,7 +22,7 @@ from sparseport.targets.onnx.store import Layout, OnnxStore, Stored, StoredNBits
 from sparseport.targets.writer import f16_or_f32, without_place
 from sparseport.weights.digest import digest, value_digest
 from sparseport.weights.layouts import MATMULNBITS_BLOCKS, PORTABLE_BLOCKS, GroupLayout, in_layout, matmulnbits_layout
-from sparseport.weights.linear import Array, DenseWeight, QuantizedWeight
+from sparseport.weights.linear import Array, DenseWeight, LowRankBranch, QuantizedWeight
 from sparseport.weights.rounding import choose_qparams_minmax, error_in_steps, quantize_to_grid
 
 ACCURACY_LEVELS = {"exact": EXACT_LEVEL, "fast": FAST_LEVEL}
@@ -45,6 +47,7 @@ class OnnxWriter:
         tokenizer: bool,
         embedding: str,
         settings: OnnxRecipe,
+        branches: str = "graph",
     ) -> None:
         """Start writing.
 
@@ -57,6 +60,7 @@ class OnnxWriter:
             tokenizer: whether the folder gets a tokenizer.
             embedding: how embedding and head are stored: fp16, fp32 or int8.
             settings: format and accuracy.
+            branches: where un-merged adapters go: `graph`, or `adapter` for a file of their own.
 
         Raises:
             BadInput: a small tensor is not finite, or the model names no end token.
@@ -76,6 +80,8 @@ class OnnxWriter:
             copy_tokenizer_files(base, folder)
         self._store = OnnxStore(scratch / "weights.pack", _layout(settings))
         self._stored: dict[str, Stored] = {}
+        self._branches: dict[str, StoredLowRank] = {}
+        self._adapter: dict[str, LowRankBranch] | None = {} if branches == "adapter" else None
         self._labels: dict[str, str] = {}  # module -> name in the certificate
         self._written: Written | None = None
         request = {
@@ -100,6 +106,12 @@ class OnnxWriter:
             self._stored[module] = self._store.add_quantized(module, in_layout(weight, layout))
         else:
             self._stored[module] = self._store.add_dense(f"{module}.weight", weight.values)
+
+    def add_branch(self, module: str, branch: LowRankBranch) -> None:
+        """Store an un-merged branch; one that goes into a file of its own stays in memory."""
+        self._branches[module] = store_branch(self._store, module, branch, slot=self._adapter is not None)
+        if self._adapter is not None:
+            self._adapter[module] = branch
 
     def add_tensor(self, name: str, values: Array) -> dict[str, Any]:
         """Store an embedding, head or other matrix, in 8 bits if that was asked for."""
@@ -128,8 +140,10 @@ class OnnxWriter:
         built = self.scratch / "graph"
         level = ACCURACY_LEVELS[self._settings.accuracy]
         self._written = write_model(
-            built / SKELETON, self.folder, answer, self._stored, self._small, self._store, level
+            built / SKELETON, self.folder, answer, self._stored, self._small, self._store, level, self._branches
         )
+        if self._adapter is not None:
+            write_adapter_file(self.folder / ADAPTER, self._adapter)
         self.around = {"graph_sha256": self._written.graph_sha256, "accuracy_levels": self._levels(level)}
         write_genai_config(
             built,

@@ -80,7 +80,7 @@ def swap_constants(
 
 
 def _swap_dense(node: Any, name: str, weight: StoredDense, store: WeightStore, alive: list[Any]) -> None:
-    constant = _constant(weight.values, name, store, alive, tuple(node.get_output_shape(0)))
+    constant = constant_of(weight.values, name, store, alive, tuple(node.get_output_shape(0)))
     same_type = constant.get_element_type() == node.get_element_type()
     for consumer in list(node.output(0).get_target_inputs()):
         if same_type:
@@ -92,7 +92,7 @@ def _swap_dense(node: Any, name: str, weight: StoredDense, store: WeightStore, a
             for inner in list(owner.output(0).get_target_inputs()):
                 inner.replace_source_output(constant.output(0))
         else:
-            consumer.replace_source_output(_convert(constant, node.get_element_type()).output(0))
+            consumer.replace_source_output(convert(constant, node.get_element_type()).output(0))
 
 
 def _swap_quantized(node: Any, module: str, weight: StoredQuantized, store: WeightStore, alive: list[Any]) -> None:
@@ -102,20 +102,20 @@ def _swap_quantized(node: Any, module: str, weight: StoredQuantized, store: Weig
 
     # Every operation gets a name: OpenVINO would number them through the process, and two exports would differ.
     compute = Type.f16 if weight.scales.element_type == "f16" else Type.f32
-    value = _convert(_constant(weight.codes, f"{module}.codes", store, alive), compute)
+    value = convert(constant_of(weight.codes, f"{module}.codes", store, alive), compute)
     if weight.zero_points is not None:
-        zero_points = _convert(_constant(weight.zero_points, f"{module}.zero_points", store, alive), compute)
-        value = _named(ops.subtract(value, zero_points), f"{module}/subtract")
-    value = _named(
-        ops.multiply(value, _constant(weight.scales, f"{module}.scales", store, alive)), f"{module}/dequantized"
+        zero_points = convert(constant_of(weight.zero_points, f"{module}.zero_points", store, alive), compute)
+        value = named(ops.subtract(value, zero_points), f"{module}/subtract")
+    value = named(
+        ops.multiply(value, constant_of(weight.scales, f"{module}.scales", store, alive)), f"{module}/dequantized"
     )
     if len(weight.codes.shape) == 3:
         columns = weight.codes.shape[1] * weight.codes.shape[2]
         shape = ops.constant(np.array([weight.out_features, columns], np.int64), name=f"{module}/shape")
-        value = _named(ops.reshape(value, shape, False), f"{module}/reshape")
+        value = named(ops.reshape(value, shape, False), f"{module}/reshape")
     if compute != Type.f32:
-        value = _convert(value, Type.f32)
-    for user in _consumers_past_converts(node):
+        value = convert(value, Type.f32)
+    for user in consumers_past_converts(node):
         operation = user.get_node()
         kind, side = operation.get_type_name(), user.get_index()
         # An embedding is looked up; a head that is tied to it multiplies with the same values.
@@ -130,26 +130,28 @@ def _swap_quantized(node: Any, module: str, weight: StoredQuantized, store: Weig
         user.replace_source_output(value.output(0))
         if weight.input_order is not None:
             # Columns lie sorted by group (act-order), or groups are filled up: the activation is gathered to fit.
-            order = _constant(weight.input_order, f"{module}.input_order", store, alive)
+            order = constant_of(weight.input_order, f"{module}.input_order", store, alive)
             axis = ops.constant(np.array(-1, np.int32), name=f"{module}/gather_axis")
-            gathered = _named(ops.gather(operation.input_value(0), order, axis), f"{module}/gather")
+            gathered = named(ops.gather(operation.input_value(0), order, axis), f"{module}/gather")
             operation.input(0).replace_source_output(gathered.output(0))
 
 
-def _consumers_past_converts(node: Any) -> list[Any]:
+def consumers_past_converts(node: Any) -> list[Any]:
+    """Inputs that a constant feeds, looking through Converts."""
     found: list[Any] = []
     for consumer in node.output(0).get_target_inputs():
         owner = consumer.get_node()
         if owner.get_type_name() == "Convert":
-            found.extend(_consumers_past_converts(owner))
+            found.extend(consumers_past_converts(owner))
         else:
             found.append(consumer)
     return found
 
 
-def _constant(
+def constant_of(
     block: Block, name: str, store: WeightStore, alive: list[Any], shape: tuple[int, ...] | None = None
 ) -> Any:
+    """A constant over a block's bytes, which the tensor that is added to `alive` owns."""
     import openvino as ov
 
     element_type = getattr(ov.Type, block.element_type)
@@ -160,14 +162,16 @@ def _constant(
     return constant
 
 
-def _convert(node: Any, element_type: Any) -> Any:
+def convert(node: Any, element_type: Any) -> Any:
+    """A Convert, named after its source."""
     from openvino import opset13 as ops
 
     kind = element_type.to_string()
-    return _named(ops.convert(node, kind), f"{node.get_friendly_name()}/to_{kind}")
+    return named(ops.convert(node, kind), f"{node.get_friendly_name()}/to_{kind}")
 
 
-def _named(node: Any, name: str) -> Any:
+def named(node: Any, name: str) -> Any:
+    """The operation, with a friendly name."""
     node.set_friendly_name(name)
     return node
 

@@ -13,6 +13,7 @@ def compress(
     output: str,
     tokenizer: str,
     keep: list[str],
+    branches: list[str],
     matrices: list[str],
     embedding: str,
     mode: str,
@@ -30,6 +31,7 @@ def compress(
         output: IR to write.
         tokenizer: folder with tokenizer.json, for the dataset.
         keep: names of floating-point layers' constants that stay as they are.
+        branches: names of un-merged branches' constants, which stay as they are in every mode.
         matrices: names of the other matrices (embedding, head).
         embedding: `int8` compresses them; otherwise they stay.
         mode: NNCF mode of the linear layers, or `none`.
@@ -48,7 +50,7 @@ def compress(
         model = nncf.compress_weights(
             model,
             mode=nncf.CompressWeightsMode.INT8_ASYM,
-            **_ignoring(model, keep + ([] if mode == "none" else _float_linears(model, matrices))),
+            **_ignoring(model, keep + branches + ([] if mode == "none" else _float_linears(model, matrices))),
         )
     if mode != "none":
         four_bits = mode.startswith("int4")
@@ -63,7 +65,7 @@ def compress(
             }
             if dataset is not None:
                 options["dataset"] = _dataset(model, Path(dataset), Path(tokenizer), samples)
-        kept = [] if embedding == "int8" else matrices
+        kept = branches + ([] if embedding == "int8" else matrices)
         model = nncf.compress_weights(
             model, mode=nncf.CompressWeightsMode[mode.upper()], **_ignoring(model, kept), **options
         )

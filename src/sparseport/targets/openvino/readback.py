@@ -14,7 +14,9 @@ import numpy as np
 
 from sparseport.checkpoints.folder import HEADS
 from sparseport.errors import VerificationError
-from sparseport.targets.read_back import ReadBack, Shapes
+from sparseport.targets.openvino.adapter_back import adapter_branches
+from sparseport.targets.openvino.branch_back import branches, is_branch_constant
+from sparseport.targets.read_back import BranchBack, ReadBack, Shapes
 from sparseport.weights.grouping import without_filling
 from sparseport.weights.linear import U8, DenseWeight, QuantizedWeight
 
@@ -25,18 +27,26 @@ class OpenVinoReader:
     graph_file = "openvino_model.xml"
     data_file = "openvino_model.bin"
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(self, model: Any, folder: Path = Path()) -> None:
+        self.model, self.folder = model, folder
 
     @classmethod
     def open(cls, folder: Path) -> OpenVinoReader:
         """Parse a folder's IR; raises as `read_model`."""
-        return cls(read_model(folder / cls.graph_file))
+        return cls(read_model(folder / cls.graph_file), folder)
 
     def weights(self, shapes: Shapes) -> Iterator[ReadBack]:
         """Every named weight, see `weights`; an IR has one constant per layer and needs no shapes."""
         del shapes
         return weights(self.model)
+
+    def branches(self) -> Iterator[BranchBack]:
+        """See `branch_back.branches`."""
+        return branches(self.model)
+
+    def adapter(self, name: str) -> Iterator[BranchBack]:
+        """See `adapter_back.adapter_branches`."""
+        return adapter_branches(self.folder, name, self.model)
 
     def unnamed_matrices(self, named: set[str]) -> list[str]:
         """See `unnamed_matrices`."""
@@ -85,6 +95,8 @@ def weights(model: Any) -> Iterator[ReadBack]:
         if name in seen:
             raise VerificationError("two constants have one name", where=name)
         seen.add(name)
+        if is_branch_constant(name):
+            continue
         kind = op.get_element_type().to_string()
         if kind in ("u4", "i4", "u8", "i8"):
             yield _read_quantized(op, kind)
@@ -104,8 +116,9 @@ def unnamed_matrices(model: Any, named: set[str]) -> list[str]:
         sides = {"MatMul": (0, 1), "Gather": (0,)}.get(op.get_type_name(), ())
         for side in sides:
             leaves = _constant_leaves(op.input_value(side).get_node())
-            # A rotary table is one vector; only a matrix of two real dimensions is a weight.
-            if leaves and any(_is_matrix(leaf) for leaf in leaves):
+            # A rotary table is a vector on the left. A matrix of two real dimensions is a weight, and so is any on the
+            # right, such as those of a branch of rank 1.
+            if any(_is_matrix(leaf) or (side == 1 and len(leaf.get_output_shape(0)) == 2) for leaf in leaves):
                 names = {leaf.get_friendly_name().removesuffix(".codes") for leaf in leaves}
                 if not names & named:
                     found.add(sorted(names)[0])

@@ -6,14 +6,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from sparseport.checkpoints.safetensors import spec_of, write_safetensors
 from sparseport.child import Child
 from sparseport.targets.model_files import copy_tokenizer_files, write_config, write_generation_config, write_json_file
+from sparseport.targets.openvino.adapter import ADAPTER, write_adapter_file
+from sparseport.targets.openvino.branches import StoredLowRank, insert_branches
 from sparseport.targets.openvino.constants import swap_constants
 from sparseport.targets.openvino.store import StoredDense, StoredQuantized, WeightStore
 from sparseport.targets.writer import f16_or_f32, without_place
+from sparseport.weights.branch import in_order
 from sparseport.weights.layouts import GroupLayout, in_layout
-from sparseport.weights.linear import Array, DenseWeight, QuantizedWeight
+from sparseport.weights.linear import Array, DenseWeight, LowRankBranch, QuantizedWeight
 
 XML = "openvino_model.xml"
 
@@ -33,6 +39,7 @@ class OpenVinoWriter:
         small: Mapping[str, Array],
         tokenizer: bool,
         dtype: str,
+        branches: str = "graph",
     ) -> None:
         """Start writing.
 
@@ -44,6 +51,7 @@ class OpenVinoWriter:
             small: every tensor of fewer than two dimensions, by name.
             tokenizer: whether the folder gets a tokenizer.
             dtype: what `openvino_config.json` says of the weights: int4, int8, fp16 or fp32.
+            branches: where un-merged adapters go: `graph`, or `adapter` for a file of their own.
 
         Raises:
             BadInput: a small tensor is not finite.
@@ -64,6 +72,10 @@ class OpenVinoWriter:
         write_safetensors(scratch / "small.safetensors", specs)
         self._store = WeightStore(scratch / "weights.pack")
         self._stored: dict[str, StoredDense | StoredQuantized] = {}
+        self._branches: dict[str, StoredLowRank] = {}
+        self._adapter = branches == "adapter"
+        self._orders: dict[str, npt.NDArray[np.int32] | None] = {}
+        """Module -> order of its columns, which a branch in an adapter's file has to follow."""
         self._child = Child(
             "sparseport.targets.openvino.frontend",
             {
@@ -85,9 +97,18 @@ class OpenVinoWriter:
         """Store a linear layer's weight; a quantised one in the groups of `layout`."""
         if isinstance(weight, QuantizedWeight):
             assert layout is not None
-            self._stored[f"{module}.weight"] = self._store.add_quantized(in_layout(weight, layout))
+            laid_out = in_layout(weight, layout)
+            self._orders[module] = laid_out.input_order
+            self._stored[f"{module}.weight"] = self._store.add_quantized(laid_out)
         else:
             self._stored[f"{module}.weight"] = self._store.add_dense(weight.values)
+
+    def add_branch(self, module: str, branch: LowRankBranch) -> None:
+        """Store an un-merged branch."""
+        # GenAI gives a branch what the product takes, which is gathered where columns lie in another order.
+        a = in_order(branch.a, self._orders.get(module)) if self._adapter else branch.a
+        stored = self._store.add_dense(a), self._store.add_dense(branch.b)
+        self._branches[module] = StoredLowRank(*stored, branch.scaling)
 
     def add_tensor(self, name: str, values: Array) -> dict[str, Any]:
         """Store an embedding, head or other matrix as it is; INT8 is NNCF's, after the graph is written."""
@@ -107,9 +128,13 @@ class OpenVinoWriter:
         self.left_out = without_place(self._small, set(answer["constants"]))
         skeleton = self.scratch / "skeleton"
         model = ov.Core().read_model(skeleton / XML)
-        alive = swap_constants(model, answer["constants"], self._stored, self._store)
+        beside = {} if self._adapter else self._branches
+        alive = insert_branches(model, answer["constants"], beside, self._store)
+        alive += swap_constants(model, answer["constants"], self._stored, self._store)
         ov.save_model(model, self.folder / XML, compress_to_fp16=False)
         del model, alive
+        if self._adapter:
+            write_adapter_file(self.folder / ADAPTER, self._branches, self._store)
         for path in sorted(skeleton.iterdir()):
             if path.name.startswith(("openvino_tokenizer", "openvino_detokenizer")):
                 path.rename(self.folder / path.name)
