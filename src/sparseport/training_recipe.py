@@ -160,6 +160,9 @@ class FinetuneRecipe(Strict):
     elastic_blocks: tuple[int, ...] | BlockEnds = Field(
         (), description="decoder blocks that may be left out: a list, or {all_but_first: N, all_but_last: M}"
     )
+    removal_rate: float = Field(
+        0.2, gt=0.0, lt=1.0, description="how often each elastic block is left out of a sampled sub-network"
+    )
     alpha: float = Field(64.0, gt=0, description="scaling = alpha / largest rank, at every rank")
     dropout: float = Field(0.1, ge=0.0, lt=1.0, description="of the adapters' inputs")
     learning_rate: float = Field(3e-4, gt=0)

@@ -91,6 +91,15 @@ def test_every_dimension_is_sampled_and_recorded(tiny_base, tokenizer, tmp_path,
     assert [read.candidate for read in read_training_record(tmp_path / FILE_NAME, groups)] == active[:-1]
 
 
+def test_blocks_are_left_out_at_their_own_rate(tiny_base, tokenizer):
+    for rate in (0.1, 0.9):
+        _, samples = run(tiny_base, tokenizer, recipe(steps=60, removal_rate=rate, batch_size=1))
+        left_out = [sample.sizes[-1] == 0 for sample in samples]
+        assert abs(np.mean(left_out) - rate) < 0.12
+        heads = [sample.sizes[-2] for sample in samples]
+        assert 0.3 < heads.count(1) / len(heads) < 0.7
+
+
 def test_microbatches_have_sub_networks_of_their_own(tiny_base, tokenizer):
     _, samples = run(tiny_base, tokenizer, recipe(microbatches=2, steps=6))
     assert [sample.step for sample in samples] == list(range(12))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseport.checkpoints.elastic import Selection, save_search_space
+from sparseport.checkpoints.elastic import ElasticGroup, Selection, save_search_space
 from sparseport.checkpoints.peft import write_adapter
 from sparseport.errors import BadInput, UsageError
 from sparseport.nls.activation import activate
@@ -61,7 +61,8 @@ def train(
     """Train the adapters in place and return every sub-network that was sampled, with its loss.
 
     AdamW, linear warm-up, cosine decay to a tenth. For each microbatch one size per group of the search space is drawn
-    at random, the same on every process.
+    at random, the same on every process: each size of a group with equal chances, but a block is left out at the
+    recipe's `removal_rate` (half of the blocks at every step would leave little to learn from).
 
     Args:
         model: from `load_for_training`.
@@ -99,7 +100,7 @@ def train(
         counts = team.total(torch.stack([(batch.labels != _IGNORED).sum() for batch in batches]).to(torch.float64))
         sampled, sums = [], []
         for batch in batches:
-            sampled.append(tuple(dice.choice(group.sizes) for group in space.groups))
+            sampled.append(tuple(_draw(group, dice, recipe) for group in space.groups))
             activate(model, space, sampled[-1])
             with torch.autocast(team.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
                 total = loss_of(batch)
@@ -125,6 +126,12 @@ def train(
     model.eval()
     activate(model, space, Selection())
     return samples
+
+
+def _draw(group: ElasticGroup, dice: random.Random, recipe: FinetuneRecipe) -> int:
+    if group.kind == "block":
+        return int(dice.random() >= recipe.removal_rate)
+    return dice.choice(group.sizes)
 
 
 class _AnswerLoss(nn.Module):

@@ -106,7 +106,7 @@ def make_adapter(
         team: the processes that train together.
 
     Returns:
-        steps, groups of the search space, trained parameters, and the loss at the beginning and at the end.
+        steps, groups of the search space, trained parameters, processes, and the loss at the beginning and at the end.
 
     Raises:
         BadInput, Unsupported, UsageError: see `load_for_training` and `train`.
@@ -127,6 +127,7 @@ def make_adapter(
         "steps": recipe.steps,
         "groups": len(search_space(model, recipe).groups),
         "parameters": parameters,
+        "processes": 1 if team is None else team.count,
         "first_loss": losses[0],
         "last_loss": sum(losses[-5:]) / len(losses[-5:]),
     }

@@ -3,6 +3,9 @@
 Every process has all adapters and samples the same sub-network; each takes its part of a microbatch, and gradients are
 averaged over all. Adapters are small, so that is one all-reduce a step. With FSDP (`accelerate launch --use_fsdp
 --fsdp_version 2`) the weights are spread over the processes, and gradients are averaged where they are made.
+
+`accelerate launch --cpu` starts a single process unless MPI does it; several on CPUs are started by torchrun, or by
+`accelerate launch --multi_gpu` with ACCELERATE_USE_CPU=true.
 """
 
 from __future__ import annotations
@@ -84,17 +87,22 @@ class LaunchedTeam(Team):
                 found=f"{asked} with {precision}",
                 fix="leave --mixed_precision away: the recipe decides",
             )
+        # On CPUs accelerate itself forgets that FSDP was asked for.
+        self._sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+        version = os.environ.get("FSDP_VERSION", "1")
+        if self._sharded and version != "2":
+            raise _unsupported(f"FSDP version {version}")
+        # Every process reads the weights whole: masks and grids are made from them before they are spread.
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         self._accelerator = Accelerator(mixed_precision="no")
         kind = self._accelerator.distributed_type
-        self._sharded = kind == DistributedType.FSDP
-        plain = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-        if kind not in (*plain, DistributedType.FSDP) or (self._sharded and not self._accelerator.is_fsdp2):
-            raise UsageError(
-                "this way to spread a model over processes is not supported",
-                where="accelerate launch",
-                expected="data parallel, or --use_fsdp --fsdp_version 2",
-                found="FSDP version 1" if self._sharded else str(kind),
-            )
+        if kind not in (
+            DistributedType.NO,
+            DistributedType.MULTI_CPU,
+            DistributedType.MULTI_GPU,
+            DistributedType.FSDP,
+        ):
+            raise _unsupported(str(kind))
         self.device = self._accelerator.device
         self.index = self._accelerator.process_index
         self.count = self._accelerator.num_processes
@@ -129,7 +137,16 @@ class LaunchedTeam(Team):
         return parameter.full_tensor().detach() if self._sharded else parameter.detach()  # type: ignore[attr-defined,no-any-return]
 
 
+def _unsupported(found: str) -> UsageError:
+    return UsageError(
+        "this way to spread a model over processes is not supported",
+        where="accelerate launch",
+        expected="data parallel, or --use_fsdp --fsdp_version 2",
+        found=found,
+    )
+
+
 def team_of(precision: str) -> Team:
     """The team of this run: launched processes where a launcher says there are some, else this process alone."""
-    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1 or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1 or "ACCELERATE_MIXED_PRECISION" in os.environ
     return LaunchedTeam(precision) if launched else Team()
