@@ -15,7 +15,7 @@ import pytest
 from sparseport import cli
 from sparseport.errors import FidelityError
 
-VERBS = ("export", "verify", "inspect", "demo", "sparsify", "quantize", "finetune", "evaluate")
+VERBS = (*("export", "verify", "inspect", "demo", "sparsify", "quantize", "finetune", "search", "evaluate", "run"),)
 
 
 def run(capsys, *arguments):

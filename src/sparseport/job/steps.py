@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 from sparseport import __version__
 from sparseport.checkpoints.paths import file_sha256
 from sparseport.errors import OutputExists
@@ -94,6 +92,8 @@ class Steps:
         return result
 
     def _is_done(self, name: str, settings: list[Any]) -> bool:
+        from pydantic import BaseModel  # not at the top: `--help` works without it
+
         plain = [item.model_dump(mode="json") if isinstance(item, BaseModel) else item for item in settings]
         text = self._chain + name + json.dumps(plain, sort_keys=True)
         self._chain = hashlib.sha256(text.encode("utf-8")).hexdigest()
