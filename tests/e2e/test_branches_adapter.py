@@ -178,7 +178,9 @@ def test_rounded_scalings_are_counted(tiny_sparse: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("form", ["openvino", "nbits"])
 def test_float16(form: str, tiny_sparse: Path, tmp_path: Path) -> None:
-    source = dense_adapter(tiny_sparse, tmp_path / "adapter", ("q_proj", "down_proj"), dtype=np.float16, alpha=8.0)
+    source = dense_adapter(
+        tiny_sparse, tmp_path / "adapter", ("q_proj", "down_proj", "lm_head"), dtype=np.float16, alpha=8.0
+    )
     folder = _export(tmp_path / "out", form, base=tiny_sparse, adapter=tmp_path / "adapter")
     _, branches = _read(folder)
     assert set(branches) == set(source)
