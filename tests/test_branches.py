@@ -38,6 +38,19 @@ def test_adapters_that_are_merged(
     assert error.fix is not None and "--branches" in error.fix
 
 
+def test_an_nncf_checkpoint_is_merged(tmp_path: Path) -> None:
+    """Its adapters lie inside the fake quantiser, whatever the checkpoint holds."""
+    from types import SimpleNamespace
+
+    from sparseport.branches import require_branches
+
+    recipe = make_recipe({"base": "b", "output": "o", "adapter": "a", "branches": "graph"})
+    sources: Any = SimpleNamespace(tuned=SimpleNamespace(source=tmp_path / "nncf_checkpoint.pth"), adapter=None)
+    with pytest.raises(BadInput, match="NNCF") as caught:
+        require_branches(recipe, sources)
+    assert caught.value.fix is not None and "--branches" in caught.value.fix
+
+
 def test_the_refusal_of_a_merge_names_the_way_out(
     tiny_sparse: Path, tiny_int4: Path, tiny_adapter_dense: Path, tmp_path: Path
 ) -> None:

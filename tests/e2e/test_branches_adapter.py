@@ -178,7 +178,9 @@ def test_rounded_scalings_are_counted(tiny_sparse: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("form", ["openvino", "nbits"])
 def test_float16(form: str, tiny_sparse: Path, tmp_path: Path) -> None:
-    source = dense_adapter(tiny_sparse, tmp_path / "adapter", ("q_proj", "down_proj"), dtype=np.float16, alpha=8.0)
+    source = dense_adapter(
+        tiny_sparse, tmp_path / "adapter", ("q_proj", "down_proj", "lm_head"), dtype=np.float16, alpha=8.0
+    )
     folder = _export(tmp_path / "out", form, base=tiny_sparse, adapter=tmp_path / "adapter")
     _, branches = _read(folder)
     assert set(branches) == set(source)
@@ -326,6 +328,22 @@ def test_changed_files_are_found(
 ) -> None:
     found = _edit(copy(form), change)
     assert found and all("adapter" in line for line in found), found
+
+
+def test_an_operation_that_genai_would_take_for_the_layer(copy: Callable[[str], Path]) -> None:
+    """GenAI looks for parts of names: an adapter for q_proj would change this product as well."""
+    import openvino as ov
+
+    folder = copy("openvino")
+    model = ov.Core().read_model(folder / "openvino_model.xml")
+    product = next(op for op in model.get_ordered_ops() if "rotary_emb/aten::matmul" in op.get_friendly_name())
+    product.set_friendly_name(f"__module.model.rotary_emb/{Q}/MatMul")
+    ov.save_model(model, folder.parent / "changed.xml", compress_to_fp16=False)
+    del model, product
+    for suffix in ("xml", "bin"):
+        (folder.parent / f"changed.{suffix}").replace(folder / f"openvino_model.{suffix}")
+    found = _found(folder)
+    assert len(found) == 1 and "an adapter would change another layer than its own" in found[0]
 
 
 @pytest.mark.parametrize("form", FORMS)

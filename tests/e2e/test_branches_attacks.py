@@ -450,3 +450,16 @@ def test_a_writer_that_loses_a_branch_publishes_nothing(
     with in_process(), pytest.raises(FidelityError) as caught:
         export(make_recipe({**recipe, "output": tmp_path / "out", "target": [target], "numerics": False}))
     assert caught.value.code == "E_READBACK" and UP in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_targets_that_certify_different_branches(exported: dict[str, Path], tmp_path: Path) -> None:
+    from sparseport.verify.certificate import Certificate
+    from sparseport.verify.folder import unequal_weights
+
+    verdicts = [verify(exported[form]) for form in ("openvino", "nbits")]
+    assert unequal_weights(verdicts) == []
+    copy = Path(shutil.copytree(exported["nbits"], tmp_path / "onnx"))
+    body = Certificate.read(copy).body
+    body["linears"][Q]["branch"]["branch_sha256"] = "0" * 64
+    Certificate(body).write(copy)
+    assert unequal_weights([verdicts[0], verify(copy)]) == [f"{Q}: the targets' certificates name different weights"]

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparseport.errors import BadInput
-from sparseport.weights.branch import branch_digest, stored_branch
+from sparseport.errors import BadInput, FidelityError
+from sparseport.weights.branch import branch_digest, in_order, out_of_order, stored_branch
 from sparseport.weights.linear import LowRankBranch
 
 A = np.array([[1, -2, 0.5]], np.float32)
@@ -108,3 +108,25 @@ def test_overflow_is_refused():
 def test_a_scaling_that_float32_does_not_hold_is_refused(scaling):
     with pytest.raises(BadInput, match="scaling"):
         stored_branch(replace(BRANCH, scaling=scaling), "stored", "layer")
+
+
+@given(st.integers(0, 1000), st.integers(0, 4))
+def test_the_order_of_columns_changes_no_product(seed, filling):
+    """x[order] @ in_order(a).T is x @ a.T, also where columns that fill up a group read an input twice."""
+    random = np.random.default_rng(seed)
+    order = np.concatenate([random.permutation(8), random.integers(0, 8, filling)]).astype(np.int32)
+    a, x = random.integers(-9, 9, (3, 8)).astype(np.float32), random.integers(-9, 9, 8).astype(np.float32)
+    stored = in_order(a, order)
+    assert stored.shape == (3, 8 + filling) and np.array_equal(stored @ x[order], a @ x)
+    assert np.array_equal(out_of_order(stored, order, "layer"), a)
+    assert in_order(a, None) is a and out_of_order(a, None, "layer") is a
+
+
+def test_a_filling_column_that_counts_is_found():
+    order = np.array([1, 0, 1], np.int32)
+    stored = in_order(A[:, :2], order)
+    stored[0, 2] = 1
+    with pytest.raises(FidelityError, match="order"):
+        out_of_order(stored, order, "layer")
+    with pytest.raises(FidelityError, match="order"):
+        out_of_order(A, np.array([0, 1], np.int32), "layer")

@@ -134,16 +134,21 @@ def _branch_differences(certificate: Certificate, found: dict[str, str], graph_f
 
 
 def unequal_weights(verdicts: list[Verdict]) -> list[str]:
-    """Layers of which the certificates of several targets say different things: all come from one merge."""
+    """Layers of which the certificates of several targets say different things: all come from one merge.
+
+    That goes for branches in the graph as well; those in files are stored as each runtime wants them.
+    """
     linears = [verdict.certificate.linears for verdict in verdicts if verdict.certificate]
-    first, *others = linears or [{}]
-    digests = {module: facts.get("weight_sha256") for module, facts in first.items()}
+    first, *others = [{module: _weight_and_branch(facts) for module, facts in each.items()} for each in linears] or [{}]
     differences = []
-    for other in others:
-        theirs = {module: facts.get("weight_sha256") for module, facts in other.items()}
-        unequal = sorted(m for m in {*digests, *theirs} if digests.get(m) != theirs.get(m))
+    for theirs in others:
+        unequal = sorted(m for m in {*first, *theirs} if first.get(m) != theirs.get(m))
         differences += [f"{module}: the targets' certificates name different weights" for module in unequal]
     return differences
+
+
+def _weight_and_branch(facts: dict[str, Any]) -> tuple[Any, Any]:
+    return facts.get("weight_sha256"), facts.get("branch", {}).get("branch_sha256")
 
 
 def strangers(parent: Path, folders: list[Path]) -> list[str]:
