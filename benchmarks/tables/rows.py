@@ -38,7 +38,7 @@ class Preset:
 
 
 PRESETS = {
-    "cpu": Preset(steps=60, batch_size=16, test_items=200, search=(18, 48)),
+    "cpu": Preset(steps=40, batch_size=8, test_items=100, search=(12, 32)),
     "gpu": Preset(steps=1500, batch_size=32, test_items=2376, search=(200, 500)),
 }
 

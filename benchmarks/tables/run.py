@@ -162,11 +162,7 @@ def _evaluate(table: Table, folder: Path, preset: Preset, data: Path, progress: 
     task = load_task(table.task, data)
     folders = exported_folders(folder)
     runs = [evaluate(folders[0], task, limit=preset.test_items, engine="torch", progress=progress)]
-    runs += [
-        evaluate(one, task, limit=preset.test_items, precision=precision, progress=progress)
-        for one in folders
-        for precision in ("full", "default")
-    ]
+    runs += [evaluate(one, task, limit=preset.test_items, progress=progress) for one in folders]
     return {
         "items": len(next(iter(runs[0].outcome.right.values()))),
         "accuracy": {f"{run.engine} {run.precision}": run.outcome.metrics() for run in runs},
@@ -250,8 +246,7 @@ def _line(table: Table, row: Row, facts: dict[str, Any]) -> list[str]:
         )
 
     flips = "; ".join(
-        f"{pair['second']['engine']} {pair['second']['precision']} "
-        f"{facts['items'] - int(pair['metrics']['acc']['same'] * facts['items'] + 0.5)}"
+        f"{pair['second']['engine']} {facts['items'] - int(pair['metrics']['acc']['same'] * facts['items'] + 0.5)}"
         for pair in facts["agreement"]
     )
     return [
