@@ -181,8 +181,8 @@ def test_adapters_that_are_merged_stay_so(
     _refuse(BRANCHED[kind], caught.value)
 
 
-@refused("LoNAS sub-network with narrower layers")
-def test_narrower_layers(tiny_base: Path, tiny_adapter: Path, tmp_path: Path) -> None:
+@refused("LoNAS sub-network that cuts gate or up alone")
+def test_channels_that_are_multiplied_are_cut_together(tiny_base: Path, tiny_adapter: Path, tmp_path: Path) -> None:
     adapter = _dense_adapter(tiny_adapter, tmp_path / "adapter")
     (adapter / "elastic_adapter_config.json").unlink()
     root = "PeftModelForCausalLM/LoraModel[base_model]/LlamaForCausalLM[model]/LlamaModel[model]/ModuleList[layers]"
@@ -193,4 +193,6 @@ def test_narrower_layers(tiny_base: Path, tiny_adapter: Path, tmp_path: Path) ->
     (tmp_path / "nncf_lonas.json").write_text(json.dumps(space))
     inputs = {"base": tiny_base, "adapter": adapter, "search_space": tmp_path / "nncf_lonas.json"}
     require_exportable(plan(make_recipe({"output": "never-written", "tokenizer": False, **inputs})))  # full width
-    _refuse("LoNAS sub-network with narrower layers", _refusal(**inputs, sub_adapter="minimal"))
+    with pytest.raises(BadInput) as caught:
+        plan(make_recipe({"output": "never-written", "tokenizer": False, **inputs, "sub_adapter": "minimal"}))
+    _refuse("LoNAS sub-network that cuts gate or up alone", caught.value)

@@ -312,6 +312,7 @@ def _cut_widths(cut: SubNetwork, widths: Mapping[str, int], shapes: Shapes, wher
                 where=place,
                 expected="one width for " + " and ".join(name.rpartition(".")[2] for name in producers),
                 found=", ".join(f"{name.rpartition('.')[2]} {kept}" for name, kept in others.items()),
+                fix="put them in one group of the search space",
                 code="E_WIDTH",
             )
         if width < rows:
