@@ -117,3 +117,9 @@ def test_jobs_whose_sections_do_not_fit_are_refused(name: str, change: str, mess
     with pytest.raises(UsageError) as caught:
         run_job(METHODS / f"{name}.yaml", tmp_path / "work", (change,))
     assert message in str(caught.value) and not (tmp_path / "work").exists()
+
+
+def test_the_document_has_one_line_per_recipe() -> None:
+    text = (METHODS.parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
+    lines = [line.split("|")[2].strip().strip("`") for line in text.splitlines() if line.startswith("| ")][1:]
+    assert sorted(name for name in lines if name in NAMES) == NAMES and len(set(lines)) == len(lines)
