@@ -40,7 +40,7 @@ FLOORS = (
     {"plan"},
     {"merging", "evidence"},
     {"compress"},
-    {"inspection", "pipeline", "nls", "report"},
+    {"further", "inspection", "pipeline", "nls", "report"},
     {"bench", "integrations", "demo", "show"},
     {"cli", "doctor", "__main__"},
 )
