@@ -37,10 +37,11 @@ FLOORS = (
     {"merge", "verify"},
     {"sources"},
     {"branches"},
+    {"further"},
     {"plan"},
     {"merging", "evidence"},
     {"compress"},
-    {"further", "inspection", "pipeline", "nls", "report"},
+    {"inspection", "pipeline", "nls", "report"},
     {"bench", "integrations", "demo", "show"},
     {"cli", "doctor", "__main__"},
 )
