@@ -11,13 +11,14 @@ from typing import Any
 __version__ = "0.1.0.dev0"
 
 _PUBLIC = {
+    "add_adapter": "sparseport.further",
     "export": "sparseport.pipeline",
     "Recipe": "sparseport.recipe",
     "verify": "sparseport.verify.folder",
     "Certificate": "sparseport.verify.certificate",
 }
 
-__all__ = ["Certificate", "Recipe", "export", "verify"]
+__all__ = ["Certificate", "Recipe", "add_adapter", "export", "verify"]
 
 
 def __getattr__(name: str) -> Any:

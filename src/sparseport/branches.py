@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from sparseport.checkpoints.peft import AdapterFolder
 from sparseport.errors import BadInput
 from sparseport.recipe import Recipe, Target
 from sparseport.sources import Sources
@@ -40,17 +41,26 @@ def require_branches(recipe: Recipe, sources: Sources) -> None:
             code="E_BRANCH",
         )
     assert sources.adapter is not None
-    if sources.adapter.quantization_aware:
+    require_unmerged(sources.adapter)
+
+
+def require_unmerged(adapter: AdapterFolder) -> None:
+    """Refuse an adapter in PEFT's layout that was trained to be merged.
+
+    Raises:
+        BadInput: names its kind, and what to do.
+    """
+    if adapter.quantization_aware:
         raise BadInput(
             "a quantization-aware adapter cannot stay un-merged: it was trained through the rounding of its INT4 base",
-            where=sources.adapter.path,
+            where=adapter.path,
             fix=_MERGED,
             code="E_BRANCH",
         )
-    if sources.adapter.sparse_adapter:
+    if adapter.sparse_adapter:
         raise BadInput(
             "a SparsePEFT adapter cannot stay un-merged: its update is masked, which no low-rank branch is",
-            where=sources.adapter.path,
+            where=adapter.path,
             fix=_MERGED,
             code="E_BRANCH",
         )
@@ -75,16 +85,28 @@ def hand_over(
         fold = recipe.branches == "adapter" and target == "openvino"
         stored, changed = stored_branch(branch, recipe.branch_dtype, module, fold=fold)
         writer.add_branch(module, stored)
-        facts[target] = {
-            "rank": stored.rank,
-            "scaling": decimal(branch.scaling),
-            "dtypes": [stored.a.dtype.name, stored.b.dtype.name],
-            "branch_sha256": branch_digest(stored),
-            "changed": changed,
-            "readback": {},
-            **({"scaling_in": "lora_B"} if fold else {}),
-        }
+        facts[target] = branch_facts(branch.scaling, stored, changed, folded=fold)
     return facts
+
+
+def branch_facts(scaling: float, stored: LowRankBranch, changed: int, *, folded: bool) -> dict[str, Any]:
+    """What a certificate says of a branch, before it is read back.
+
+    Args:
+        scaling: the adapter's.
+        stored: the branch as it is written.
+        changed: how many of its values are not the adapter's.
+        folded: whether the scaling is in b.
+    """
+    return {
+        "rank": stored.rank,
+        "scaling": decimal(scaling),
+        "dtypes": [stored.a.dtype.name, stored.b.dtype.name],
+        "branch_sha256": branch_digest(stored),
+        "changed": changed,
+        "readback": {},
+        **({"scaling_in": "lora_B"} if folded else {}),
+    }
 
 
 def take_adapter(recipe: Recipe, target: Target, linears: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -21,11 +21,19 @@ def check_numerics(folder: Path, target: str, portable: bool = False, adapters: 
     """
     with Child("sparseport.verify.numerics", {"folder": str(folder), "target": target, "portable": portable}) as child:
         result = child.result()
-    if adapters:
-        request = {"folder": str(folder), "target": target, "adapters": list(adapters)}
-        with Child("sparseport.verify.switched", request) as child:
-            result |= child.result()
-    return judge_numerics(result, folder.name)
+    judged = judge_numerics(result, folder.name)
+    return judged | check_switched(folder, target, adapters) if adapters else judged
+
+
+def check_switched(folder: Path, target: str, adapters: Sequence[str]) -> dict[str, Any]:
+    """Let the folder's runtime switch adapters on and off, in a process of its own; see `verify.switched`.
+
+    Raises:
+        FidelityError: the results differ from torch's by more than the tolerance, or are not finite.
+    """
+    request = {"folder": str(folder), "target": target, "adapters": list(adapters)}
+    with Child("sparseport.verify.switched", request) as child:
+        return judge_numerics(child.result(), folder.name)
 
 
 def judge_numerics(result: dict[str, Any], where: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from sparseport.targets.onnx.adapter_back import adapter_branches
 from sparseport.targets.onnx.branch_back import FoundBranch, find_branches, is_branch_constant
 from sparseport.targets.onnx.graph_file import OnnxGraph
 from sparseport.targets.onnx.structure import Entry, look_up_entry, node_entry, product_entry, structure_digest
-from sparseport.targets.read_back import BranchBack, ReadBack, Shapes
+from sparseport.targets.read_back import BranchBack, ReadBack, Shapes, SlotShape
 from sparseport.weights.grouping import without_filling
 from sparseport.weights.linear import U8, Array, DenseWeight, QuantizedWeight
 
@@ -100,8 +100,11 @@ class OnnxReader:
 
     def adapter(self, name: str) -> Iterator[BranchBack]:
         """See `GraphReader.adapter`."""
-        slots = {branch.module: branch.takes(self.graph) for branch in self._branches if branch.slot}
-        return adapter_branches(self.graph.folder, name, slots)
+        return adapter_branches(self.graph.folder, name, self.places())
+
+    def places(self) -> dict[str, SlotShape]:
+        """After `weights`: module -> what its place for adapters takes."""
+        return {branch.module: branch.takes(self.graph) for branch in self._branches if branch.slot}
 
     def around(self) -> dict[str, Any]:
         """See `GraphReader.around`: a digest of what is no weight, and the accuracy levels of MatMulNBits."""

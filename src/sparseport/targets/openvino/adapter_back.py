@@ -33,15 +33,15 @@ def adapter_branches(folder: Path, name: str, model: Any) -> Iterator[BranchBack
     try:
         with SafeTensorsFile.open(folder / name) as file:
             modules = _modules(file, name)
-            products = _products(model, modules)
+            found = products(model, modules)
             for module in modules:
                 a, b = (np.array(file.read(f"{_PREFIX}{module}{suffix}")) for suffix in _SUFFIXES)
-                a = out_of_order(a, _order(products[module], module), module)
+                a = out_of_order(a, order_of(found[module], module), module)
                 columns, rows = a.shape[-1], b.shape[0]
                 if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.dtype != b.dtype:
                     raise VerificationError("an adapter's matrices do not fit each other", where=f"{name}, {module}")
-                weight = products[module].input_value(1).get_shape()
-                if (rows, columns) != (int(weight[0]), _inputs(products[module], module)):
+                weight = found[module].input_value(1).get_shape()
+                if (rows, columns) != (int(weight[0]), _inputs(found[module], module)):
                     raise VerificationError("an adapter's matrices do not fit their layer", where=f"{name}, {module}")
                 yield BranchBack(module, LowRankBranch(a, b, 1.0))
     except VerificationError:
@@ -64,8 +64,12 @@ def _modules(file: SafeTensorsFile, name: str) -> list[str]:
     return list(found)
 
 
-def _products(model: Any, modules: list[str]) -> dict[str, Any]:
-    """Module -> the one product that GenAI finds for it: a name matches if the module's name is part of it."""
+def products(model: Any, modules: list[str]) -> dict[str, Any]:
+    """Module -> the one product that GenAI finds for it: a name matches if the module's name is part of it.
+
+    Raises:
+        VerificationError: GenAI would find another operation as well, or none.
+    """
     found: dict[str, Any] = {}
     for op in model.get_ordered_ops():
         if op.get_type_name() not in ("MatMul", "Convolution"):
@@ -83,7 +87,7 @@ def _products(model: Any, modules: list[str]) -> dict[str, Any]:
     return found
 
 
-def _order(product: Any, module: str) -> Any:
+def order_of(product: Any, module: str) -> Any:
     """The permutation by which a product's activation is gathered, or None."""
     gather = product.input_value(0).get_node()
     if gather.get_type_name() != "Gather":
@@ -94,5 +98,5 @@ def _order(product: Any, module: str) -> Any:
 
 def _inputs(product: Any, module: str) -> int:
     """Inputs of a layer: of its columns those that are no filling."""
-    order = _order(product, module)
+    order = order_of(product, module)
     return int(product.input_value(1).get_shape()[1]) if order is None else int(np.unique(order).size)

@@ -14,7 +14,7 @@ import numpy as np
 
 from sparseport.checkpoints.folder import HEADS
 from sparseport.errors import VerificationError
-from sparseport.targets.openvino.adapter_back import adapter_branches
+from sparseport.targets.openvino.adapter_back import adapter_branches, order_of, products
 from sparseport.targets.openvino.branch_back import branches, is_branch_constant
 from sparseport.targets.read_back import BranchBack, ReadBack, Shapes
 from sparseport.weights.grouping import without_filling
@@ -47,6 +47,10 @@ class OpenVinoReader:
     def adapter(self, name: str) -> Iterator[BranchBack]:
         """See `adapter_back.adapter_branches`."""
         return adapter_branches(self.folder, name, self.model)
+
+    def orders(self, modules: list[str]) -> dict[str, Any]:
+        """Module -> order int32 in which its columns lie, or None; raises as `adapter_back.products`."""
+        return {module: order_of(product, module) for module, product in products(self.model, modules).items()}
 
     def unnamed_matrices(self, named: set[str]) -> list[str]:
         """See `unnamed_matrices`."""

@@ -1,0 +1,234 @@
+"""A further adapter for a base that was exported already: one more file that the runtime switches on and off.
+
+The folder is made anew beside itself, from links to its own files, and takes its place by one rename: it has the new
+adapter and a certificate that speaks of it, or it is as it was.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparseport.branches import branch_facts, require_unmerged
+from sparseport.checkpoints.elastic import CHOICES, choose, open_search_space
+from sparseport.checkpoints.peft import AdapterFolder
+from sparseport.errors import BadInput, OutputExists, Unsupported
+from sparseport.extras import require_packages
+from sparseport.progress import Progress
+from sparseport.publish import staged_output
+from sparseport.targets.read_back import open_reader
+from sparseport.verify.adapters import require_adapters
+from sparseport.verify.bits import digest_graph
+from sparseport.verify.certificate import FILE_NAME, Certificate, certified_folders, file_facts
+from sparseport.verify.folder import require, verify
+from sparseport.verify.judge import check_switched
+from sparseport.weights.branch import stored_branch
+from sparseport.weights.linear import LowRankBranch
+
+SUFFIXES = {"openvino": ".safetensors", "onnx": ".onnx_adapter"}
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
+
+
+def add_adapter(
+    folder: Path | str,
+    adapter: Path | str,
+    name: str,
+    *,
+    sub_adapter: str = "maximal",
+    search_space: Path | None = None,
+    branch_dtype: str = "stored",
+    numerics: bool = True,
+    allow_pickle: bool = False,
+    progress: Progress | None = None,
+) -> list[Certificate]:
+    """Put a further un-merged adapter beside the base of an exported folder.
+
+    An OpenVINO folder takes any adapter for its layers. An ONNX folder has places only for the layers that the adapter
+    of its export (`--branches adapter`) had, in that adapter's dtypes.
+
+    Args:
+        folder: an exported folder, of one target or of several; unchanged since.
+        adapter: a folder in PEFT's layout, for the base of that export.
+        name: what the file is called, without its suffix.
+        sub_adapter: maximal, heuristic, minimal, or a JSON file of ranks.
+        search_space: its search space, where it is not beside the adapter.
+        branch_dtype: `stored`, or `fp16` to round to float16.
+        numerics: whether the runtime's results with it are compared with torch's.
+        allow_pickle: accept `adapter_model.bin`.
+        progress: where to report steps; quiet by default.
+
+    Returns:
+        The new certificates, one for each target.
+
+    Raises:
+        VerificationError: the folder is not as it was certified.
+        BadInput, Unsupported, OutputExists: the adapter does not fit, was trained to be merged, or the name is taken.
+        FidelityError: what was written is not the adapter, or the runtime computes something else with it.
+    """
+    folder, progress = Path(folder).absolute(), progress or Progress("quiet")
+    if not _NAME.fullmatch(name):
+        raise BadInput("an adapter's name is made of letters, digits, - and _", where="name", found=name[:80])
+    parts = certified_folders(folder)
+    if not parts:
+        raise BadInput("no folder exported by sparseport", where=folder, fix="export the base with --branches adapter")
+    for part in parts:
+        require(verify(part))
+        certificate = Certificate.read(part)
+        require_packages([certificate.target])
+        if (part / f"{name}{SUFFIXES[certificate.target]}").exists():
+            raise OutputExists("the folder has such an adapter", where=part, found=name, fix="give another name")
+    with AdapterFolder.open(adapter, allow_pickle=allow_pickle) as opened:
+        require_unmerged(opened)
+        ranks = _ranks(opened, Certificate.read(parts[0]), sub_adapter, search_space)
+        with staged_output(folder, overwrite=True, ours=lambda path: bool(certified_folders(path))) as stage:
+            shutil.copytree(folder, stage, copy_function=_link, dirs_exist_ok=True)
+            return [
+                _add(stage / part.relative_to(folder), name, opened, ranks, branch_dtype, numerics, progress)
+                for part in parts
+            ]
+
+
+def _ranks(
+    adapter: AdapterFolder, certificate: Certificate, sub_adapter: str, search_space: Path | None
+) -> dict[str, int]:
+    """Module -> rank of the chosen sub-adapter, after a look at shapes; a module that is not in it keeps its rank.
+
+    Raises:
+        BadInput: it is for another base, or there is nothing to choose from.
+        Unsupported: the choice keeps a part of a layer's rows.
+    """
+    linears = certificate.linears
+    for module in adapter.modules():
+        shape = tuple(linears[module]["shape"]) if module in linears else None
+        if shape != adapter.shape(module):
+            raise BadInput(
+                "the adapter is for another base",
+                where=f"{adapter.path}, {module}",
+                expected=shape or "one of the exported linear layers",
+                found=adapter.shape(module),
+                fix=f"use an adapter that was trained on this base; this one names {adapter.base_model_name!r}",
+                code="E_PAIRING",
+            )
+    space_file = search_space or adapter.search_space_file()
+    if space_file is None:
+        if sub_adapter != "maximal":
+            raise BadInput(
+                "the adapter has no search space to choose a sub-adapter from",
+                where=adapter.path,
+                fix="give its search space, or leave the choice away",
+                code="E_ELASTIC",
+            )
+        return {}
+    numbers = [int(part) for module in linears for part in module.split(".") if part.isdecimal()]
+    space = open_search_space(space_file, layers=max(numbers, default=-1) + 1 or None)
+    choice = sub_adapter if sub_adapter in CHOICES else Path(sub_adapter)
+    selection = choose(space, choice, trained=adapter.ranks())
+    for module, width in selection.widths.items():
+        if module in linears and linears[module]["shape"][0] != width:
+            raise Unsupported(
+                "the sub-adapter keeps a part of a layer's rows, which the exported base has whole",
+                where=module,
+                found=width,
+                fix="choose full widths",
+                code="E_WIDTH",
+            )
+    return selection.ranks
+
+
+def _add(
+    folder: Path,
+    name: str,
+    adapter: AdapterFolder,
+    ranks: dict[str, int],
+    dtype: str,
+    numerics: bool,
+    progress: Progress,
+) -> Certificate:
+    """Write the adapter into one target's folder, read it back, compare it, and seal the certificate anew."""
+    certificate = Certificate.read(folder)
+    target, file = certificate.target, f"{name}{SUFFIXES[certificate.target]}"
+    reader: Any = open_reader(target, folder)  # with what only one target's reader can say
+    digest_graph(reader, certificate.linears, certificate.tensors)  # places are known when all weights are
+    stored: dict[str, LowRankBranch] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    modules = adapter.modules()
+    with progress.task(f"writing {file}", len(modules)) as step:
+        for module in modules:
+            source = adapter.branch(module)
+            source = source.at_rank(ranks.get(module, source.rank))
+            branch, changed = stored_branch(source, dtype, module, fold=target == "openvino")
+            stored[module] = branch if target == "openvino" else _in_place(reader, module, branch)
+            facts[module] = branch_facts(source.scaling, stored[module], changed, folded=target == "openvino")
+            step()
+        _write(folder / file, target, stored, reader)
+    with progress.task("reading back"):
+        require_adapters(reader, target, {file: facts})
+    body = certificate.body
+    body["adapters"] = {**certificate.adapters, file: facts}
+    body["inputs"] = {**body["inputs"], f"adapter {name}": adapter.sha256()}
+    body["files"] = {**certificate.files, file: file_facts(folder / file)}
+    if numerics:
+        with progress.task("comparing logits"):
+            found = check_switched(folder, target, [file])
+            body["numerics"] = {**body["numerics"], **found}
+    sealed = Certificate(body)
+    (folder / FILE_NAME).unlink()  # a link to the old folder's, which stays as it is
+    sealed.write(folder)
+    return sealed
+
+
+def _in_place(reader: Any, module: str, branch: LowRankBranch) -> LowRankBranch:
+    """A branch in the dtypes of its place in an ONNX graph; float16 is widened where the place takes float32.
+
+    Raises:
+        Unsupported: there is no place for it, or one for float16 only.
+    """
+    place = reader.places().get(module)
+    if place is None:
+        raise Unsupported(
+            "the graph has no place for a layer of this adapter",
+            where=module,
+            found="places for " + (", ".join(sorted(reader.places())[:3]) or "no layer"),
+            fix="export the base again with --branches adapter and an adapter that has all layers",
+        )
+    wanted = [np.dtype(kind) for kind in place.dtypes]
+    a, b = (part.astype(kind) for part, kind in zip((branch.a, branch.b), wanted, strict=True))
+    if not (np.array_equal(a, branch.a) and np.array_equal(b, branch.b)):
+        raise Unsupported(
+            "the graph's places for adapters are in float16, and this adapter is not",
+            where=module,
+            fix="give branch_dtype fp16 to round it, or export the base again with a float32 adapter",
+        )
+    return replace(branch, a=a, b=b)
+
+
+def _write(path: Path, target: str, branches: dict[str, LowRankBranch], reader: Any) -> None:
+    if target == "onnx":
+        from sparseport.targets.onnx.adapter import write_adapter_file
+
+        write_adapter_file(path, branches)
+        return
+    from sparseport.checkpoints.peft import PREFIX
+    from sparseport.checkpoints.safetensors import spec_of, write_safetensors
+    from sparseport.weights.branch import in_order
+
+    orders = reader.orders(list(branches))
+    specs = []
+    for module, branch in branches.items():
+        for side, values in (("A", in_order(branch.a, orders[module])), ("B", branch.b)):
+            specs.append(spec_of(f"{PREFIX}{module}.lora_{side}.weight", values))
+    write_safetensors(path, specs)
+
+
+def _link(source: str, target: str) -> None:
+    """The same file under another name, until the folder that it came from is gone; a copy where no links can be."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
