@@ -126,6 +126,46 @@ def test_both_targets_compute_the_masked_model(name: str, tmp_path: Path) -> Non
         assert verify(one.folder).differences == []
 
 
+def test_another_tree_of_layers(tmp_path: Path) -> None:
+    """Phi: fc1 and fc2 for the MLP, `dense` behind the heads, biases everywhere, one norm for both."""
+    config = {**COMMON, "num_hidden_layers": 3, "num_key_value_heads": 4}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = transformers.PhiForCausalLM(transformers.PhiConfig(**config))
+        with torch.no_grad():
+            for name, parameter in made.named_parameters():
+                if parameter.dim() == 1:
+                    parameter.copy_((0.0 if name.endswith("bias") else 1.0) + 0.1 * torch.randn_like(parameter))
+    made.half().save_pretrained(tmp_path / "base")
+    model = transformers.PhiForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
+    groups = [
+        ElasticGroup(("model.layers.0.mlp.fc1",), (128, 96), "width"),
+        ElasticGroup(("model.layers.2.self_attn",), (4, 3), "heads"),
+        ElasticGroup(("model.layers.1",), (1, 0), "block"),
+    ]
+    fields = {"search_space": save_search_space(tmp_path, groups), "sub_adapter": "minimal", "tokenizer": False}
+    with in_process():
+        result = export(make_recipe({"base": tmp_path / "base", "output": tmp_path / "out", **fields}))
+
+    def cut(columns: int) -> Any:
+        def hook(_module: Any, inputs: Any) -> Any:
+            masked = inputs[0].clone()
+            masked[..., columns:] = 0
+            return (masked,)
+
+        return hook
+
+    blocks = model.model.layers
+    blocks[0].mlp.fc2.register_forward_pre_hook(cut(96))
+    blocks[2].self_attn.dense.register_forward_pre_hook(cut(48))
+    blocks[1].forward = lambda hidden, *_, **__: hidden
+    tokens = list(range(1, 65))
+    with torch.no_grad():
+        expected = model(torch.tensor([tokens]), use_cache=False).logits[0].numpy()
+    assert np.abs(_logits(result.exports[0], tokens) - expected).max() < 1e-4
+    assert result.certificate.linears["model.layers.1.self_attn.q_proj"]["shape"] == [48, 64]
+
+
 def _logits(one: Any, tokens: list[int]) -> Any:
     if one.target == "onnx":
         return onnx_logits(one.folder, tokens)

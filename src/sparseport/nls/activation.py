@@ -18,10 +18,7 @@ from sparseport.errors import BadInput, Unsupported
 from sparseport.merge.subnetwork import SubNetwork, sub_network
 from sparseport.nls.elastic import ElasticLinear, ElasticWidthLinear, linear_shapes
 from sparseport.nls.linears import decoder_layers
-
-# Where attention modules keep numbers of heads that their forward needs; Llama and its kin need none.
-_QUERY_HEADS = ("num_heads", "num_attention_heads", "n_heads")
-_KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads")
+from sparseport.targets.empty_model import set_heads
 
 
 def activate(model: nn.Module, space: SearchSpace, chosen: Sequence[int] | Selection) -> None:
@@ -115,11 +112,8 @@ def _set_heads(parts: dict[str, nn.Module], cut: SubNetwork) -> None:
     for name, part in parts.items():
         own = vars(part)
         if name in cut.heads:
-            counts = (*_QUERY_HEADS, *_KEY_VALUE_HEADS)
-            whole = own.setdefault("_whole_heads", {key: own[key] for key in counts if type(own.get(key)) is int})
-            kept = cut.heads[name]
-            queries = cut.rows[f"{name}.q_proj"] // cut.sizes[name]
-            own.update({key: queries if key in _QUERY_HEADS else kept for key in whole})
+            had = set_heads(part, cut.rows[f"{name}.q_proj"] // cut.sizes[name], cut.heads[name])
+            own.setdefault("_whole_heads", had)
         else:
             own.update(own.get("_whole_heads", {}))
 

@@ -16,6 +16,10 @@ from sparseport.errors import BadInput, Unsupported
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+# Where attention modules keep numbers of heads that their forward needs.
+QUERY_HEADS = ("num_heads", "num_attention_heads", "n_heads")
+KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads")
+
 
 def load_config(config_json: Path) -> PretrainedConfig:
     """The transformers config of a `config.json`, as the dense architecture: how weights are stored is left out.
@@ -96,7 +100,8 @@ def _shrink(model: PreTrainedModel, config: PretrainedConfig) -> None:
     """
     import torch
 
-    for name, (rows, columns) in smaller_shapes(config.to_dict()).items():
+    shapes = smaller_shapes(config.to_dict())
+    for name, (rows, columns) in shapes.items():
         layer = dict(model.named_modules()).get(name)
         if not isinstance(layer, torch.nn.Linear) or rows > layer.out_features or columns > layer.in_features:
             raise Unsupported(
@@ -110,6 +115,21 @@ def _shrink(model: PreTrainedModel, config: PretrainedConfig) -> None:
         if layer.bias is not None:
             layer.bias = torch.nn.Parameter(torch.empty_like(layer.bias[:rows]), requires_grad=False)
         layer.out_features, layer.in_features = rows, columns
+    for name, module in model.named_modules():
+        if f"{name}.k_proj" in shapes and isinstance(getattr(module, "head_dim", None), int):
+            size = module.head_dim
+            set_heads(module, shapes[f"{name}.q_proj"][0] // size, shapes[f"{name}.k_proj"][0] // size)
+
+
+def set_heads(attention: Any, queries: int, key_values: int) -> dict[str, int]:
+    """Tell an attention module that keeps numbers of heads how many are left; returns what it had.
+
+    Llama and its kin keep none: they take them from the width of what their projections put out.
+    """
+    own = vars(attention)
+    had = {key: own[key] for key in (*QUERY_HEADS, *KEY_VALUE_HEADS) if type(own.get(key)) is int}
+    own.update({key: queries if key in QUERY_HEADS else key_values for key in had})
+    return had
 
 
 def key_value_heads(model: PreTrainedModel) -> list[int] | None:
