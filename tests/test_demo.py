@@ -13,6 +13,7 @@ import pytest
 from sparseport import cli, demo
 from sparseport.checkpoints.folder import ModelFolder
 from sparseport.errors import OutputExists, VerificationError
+from sparseport.job import inputs
 from sparseport.recipe import make_recipe
 from sparseport.verify import folder as verify_folder
 from sparseport.verify.certificate import Certificate
@@ -54,10 +55,11 @@ def made(monkeypatch):
             (out / "sparseport.json").write_text("{}")
 
     monkeypatch.setattr(demo, "hide_library_bars", lambda: None)
-    monkeypatch.setattr(demo, "make_base", lambda source, out, *rest: step("base", out))
-    monkeypatch.setattr(demo, "_make_sparse", lambda base, job, out, progress: step("sparse", out))
-    monkeypatch.setattr(demo, "_make_int4", lambda base, sparse, job, out, progress: step("int4", out))
-    monkeypatch.setattr(demo, "_make_adapter", lambda sparse, int4, job, out, progress: step("adapter", out))
+    monkeypatch.setattr(inputs, "require_space", lambda job, base: None)
+    monkeypatch.setattr(inputs, "make_base", lambda source, out, *rest: step("base", out))
+    monkeypatch.setattr(inputs, "_sparse", lambda job, made, out, progress: step("sparse", out))
+    monkeypatch.setattr(inputs, "_int4", lambda job, made, out, progress: step("int4", out))
+    monkeypatch.setattr(inputs, "_adapter", lambda finetune, made, out, progress: step("adapter", out))
     monkeypatch.setattr(demo, "_export", lambda recipe, out, progress: step("openvino", out))
     monkeypatch.setattr(demo, "_measure", lambda *rest: ran.append("measure") or MEASURED)
     monkeypatch.setattr(verify_folder, "verify", lambda folder: Verdict(folder, 9, 4, 3))
@@ -177,7 +179,7 @@ def test_finished_steps_are_kept_when_a_later_one_fails(job, made, tmp_path, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(demo, "_make_int4", fail)
+        patch.setattr(inputs, "_int4", fail)
         with pytest.raises(KeyboardInterrupt):
             demo.run_demo(job, tmp_path / "demo")
     assert made == ["base", "sparse"]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from sparseport.errors import UsageError
-from sparseport.job.base_model import make_base
+from sparseport.job.inputs import make_inputs
 from sparseport.job.steps import MARKER, Steps, hide_library_bars, task_facts
 from sparseport.nls.artifacts import dense_sparsity
 from sparseport.progress import Progress
@@ -51,29 +51,24 @@ def run_demo(
     job = load_job(job_file or _default_job(), settings)
     if job.model is None or job.sparsify is None or job.quantize is None or job.finetune is None:
         raise UsageError("the demo needs a job with model, sparsify, quantize and finetune sections", where=job_file)
+    finetune = job.finetune
     steps = Steps(work_dir, _MARKERS, progress)
     steps.require_own()
     hide_library_bars()
     started = time.monotonic()
-    model, sparsify, quantize, finetune = job.model, job.sparsify, job.quantize, job.finetune
-
-    # Pruning and quantisation calibrate on the task's sentences.
+    made = make_inputs(job, steps, work_dir, progress, wheel=wheel)
     task = task_facts(finetune.task)
-    base = steps.folder("base", [model], lambda out: make_base(model, out, work_dir / "downloads", wheel, progress))
-    sparse = steps.folder("sparse", [sparsify, task], lambda out: _make_sparse(base, job, out, progress))
-    int4 = steps.folder("int4", [quantize, task], lambda out: _make_int4(base, sparse, job, out, progress))
-    adapter = steps.folder("adapter", [finetune, task], lambda out: _make_adapter(sparse, int4, job, out, progress))
     recipe = job.export.model_copy(
         update={
-            "base": int4,
-            "sparse_base": sparse,
-            "adapter": adapter,
+            "base": made.int4,
+            "sparse_base": made.sparse,
+            "adapter": made.adapter,
             "output": work_dir / "openvino",
             "overwrite": True,
         }
     )
     exported = steps.folder("openvino", [job.export], lambda out: _export(recipe, out, progress), staged=False)
-    measured = steps.values("measure", [finetune, task], lambda: _measure(job, base, recipe, exported, progress))
+    measured = steps.values("measure", [finetune, task], lambda: _measure(job, made.base, recipe, exported, progress))
 
     from sparseport.verify.folder import verify
 
@@ -102,34 +97,6 @@ def require_verified(result: dict[str, Any]) -> None:
 
     found = result["verify"]
     require(Verdict(Path(result["folder"]), found["files"], found["linears"], found["tensors"], found["differences"]))
-
-
-def _make_sparse(base: Path, job: Job, out: Path, progress: Progress) -> None:
-    from sparseport.nls.steps import make_sparse
-    from sparseport.nls.tasks import load_task
-
-    assert job.sparsify is not None and job.finetune is not None
-    make_sparse(base, job.sparsify, out, progress, load_task(job.finetune.task, job.finetune.data))
-
-
-def _make_int4(base: Path, sparse: Path, job: Job, out: Path, progress: Progress) -> None:
-    from sparseport.nls.steps import make_int4
-    from sparseport.nls.tasks import load_task
-
-    assert job.quantize is not None and job.finetune is not None
-    make_int4(sparse, job.quantize, out, progress, load_task(job.finetune.task, job.finetune.data))
-
-
-def _make_adapter(sparse: Path, int4: Path, job: Job, out: Path, progress: Progress) -> None:
-    from sparseport.nls.steps import make_adapter
-    from sparseport.nls.tasks import load_task
-
-    recipe = job.finetune
-    assert recipe is not None
-    task = load_task(recipe.task, recipe.data)
-    quantized = int4 if recipe.method == "qa_sparse_peft" else None
-    made = make_adapter(sparse, quantized, recipe, task, out, progress)
-    progress.note(f"loss {made['first_loss']:.2f} -> {made['last_loss']:.3f}")
 
 
 def _export(recipe: Recipe, out: Path, progress: Progress) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib.util
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,7 +20,7 @@ from sparseport.progress import Progress
 from sparseport.publish import TEMP_PREFIX, staged_output
 
 # The file by which a step's folder is known as a job's own; an exported folder is known by its certificate.
-MARKER = "sparseport-demo.json"
+MARKER = "sparseport-made.json"
 
 
 @dataclass
@@ -27,15 +30,20 @@ class Steps:
     work_dir  folder of all steps' folders
     markers   name of a step's folder -> the file by which it is known as one that a job made
     progress  where to report
+    given     what decides the first step beside its settings: digests of files that came from outside
     seconds   step -> time that it took in this run
     """
 
     work_dir: Path
     markers: dict[str, str]
     progress: Progress
+    given: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     _chain: str = __version__
     _broken: bool = False
+
+    def __post_init__(self) -> None:
+        self._chain += self.given
 
     def require_own(self) -> None:
         """Refuse to start in a folder where a step would have to replace something that no job made.
@@ -95,6 +103,7 @@ class Steps:
         from pydantic import BaseModel  # not at the top: `--help` works without it
 
         plain = [item.model_dump(mode="json") if isinstance(item, BaseModel) else item for item in settings]
+        plain = [_by_content(item) for item in plain]
         text = self._chain + name + json.dumps(plain, sort_keys=True)
         self._chain = hashlib.sha256(text.encode("utf-8")).hexdigest()
         return not self._broken and (self._read() or {}).get(name, {}).get("chain") == self._chain
@@ -122,11 +131,31 @@ class Steps:
         return self.work_dir / "state.json"
 
 
+def _by_content(value: Any) -> Any:
+    """Settings in which files are known by what they hold: `sizes.json` that was edited is another setting."""
+    if isinstance(value, dict):
+        return {key: _by_content(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_by_content(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    path = Path(value)
+    if path.is_file():
+        return {"sha256": file_sha256(path)}
+    module, colon, _ = value.partition(":")
+    if colon and re.fullmatch(r"\w+(\.\w+)*", module):  # a function of the user's, `package.module:function`
+        with contextlib.suppress(ImportError, ValueError):
+            found = importlib.util.find_spec(module)
+            if found is not None and found.origin is not None and Path(found.origin).is_file():
+                return {"function": value, "sha256": file_sha256(Path(found.origin))}
+    return value
+
+
 def task_facts(task: str, data: Path | None = None) -> dict[str, str]:
     """What names a task's content: its name, and the digests of its files if it is not one of the package's own."""
     path = Path(task)
     if path.is_file():
-        return {"task": task, "sha256": file_sha256(path)}
+        return {"task": path.name, "sha256": file_sha256(path)}
     if data is None:
         return {"task": task}
     files = sorted(path for path in data.rglob("*.jsonl") if path.is_file())

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from sparseport import __version__
 from sparseport.errors import EnvironmentProblem, UsageError
-from sparseport.job.steps import hide_library_bars
+from sparseport.job.steps import MARKER, hide_library_bars, task_facts
 from sparseport.progress import Progress
 from sparseport.publish import staged_output
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-# By this file a folder is known as one that a verb made and may replace.
-MARKER = "sparseport-made.json"
+# What a job calls the step that a verb does alone.
+_OF_JOB = {"sparsify": "sparse", "quantize": "int4", "finetune": "adapter"}
 
 
 def add_common(verb: argparse.ArgumentParser, base: str) -> None:
@@ -70,13 +70,13 @@ def require_folders(**folders: Path | None) -> None:
 @contextmanager
 def output_folder(options: argparse.Namespace, step: str, recipe: BaseModel) -> Iterator[Path]:
     """A stage for the output; what it is and the recipe it was made by stand in it. Paths stay out."""
-    with staged_output(options.output, options.overwrite, ours=lambda folder: made_by(folder) == step) as stage:
+    steps = (step, _OF_JOB.get(step))
+    with staged_output(options.output, options.overwrite, ours=lambda folder: made_by(folder) in steps) as stage:
         yield stage
-        facts = {
-            "made_by": f"sparseport {__version__}",
-            "step": step,
-            "recipe": recipe.model_dump(mode="json", exclude={"data", "calibration"}),
-        }
+        plain = recipe.model_dump(mode="json", exclude={"data", "calibration"})
+        if "task" in plain:
+            plain |= task_facts(plain["task"])
+        facts = {"made_by": f"sparseport {__version__}", "step": step, "recipe": plain}
         (stage / MARKER).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
