@@ -9,6 +9,7 @@ Results go into benchmarks/results/table_N.json; `--preset gpu` trains longer an
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -24,8 +25,10 @@ from common import machine, save
 from common import table as markdown
 from tables.rows import MODEL, PRESETS, TABLES, UNTUNED, Preset, Row, Table
 
+from sparseport import __version__
 from sparseport.checkpoints.json_files import write_json
 from sparseport.job.run import EXPORTED, finished_recipe, run_job
+from sparseport.job.steps import task_facts
 from sparseport.nls.cost import architecture_of, macs, parameters
 from sparseport.nls.evaluation import compare, evaluate
 from sparseport.nls.latency import measure_latency
@@ -70,11 +73,12 @@ def _make_row(
 ) -> None:
     """Train (once for a group), export, verify and evaluate one row; its facts go into row.json."""
     facts = work / "rows" / f"{row.name}.json"
-    if facts.is_file():
-        progress.note(f"{row.name}: kept from an earlier run")
-        return
     group = work / row.group
     job_file = _job_file(table, row.group, preset, work, data)
+    identity = _identity(table, row, preset, data)
+    if facts.is_file() and json.loads(facts.read_text(encoding="utf-8")).get("identity") == identity:
+        progress.note(f"{row.name}: kept from an earlier run")
+        return
     base = _shared_base(work, wheel, progress)
     _take_bases(table, row.group, work)
     run_job(job_file, group, (), progress, base=base, measure=False)
@@ -86,7 +90,19 @@ def _make_row(
         export(recipe, progress)
     measured = _evaluate(table, recipe.output, preset, data, progress)
     facts.parent.mkdir(parents=True, exist_ok=True)
-    write_json(facts, {**_facts(recipe), **measured})
+    write_json(facts, {"identity": identity, **_facts(recipe), **measured})
+
+
+def _identity(table: Table, row: Row, preset: Preset, data: Path) -> str:
+    """What decides a row's figures: its job, its sub-network, how much is trained and measured, and the data."""
+    content = {
+        "version": __version__,
+        "job": table.jobs[row.group],
+        "sub_adapter": row.sub_adapter,
+        "preset": vars(preset),
+        "task": task_facts(table.task, data),
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _job_file(table: Table, group: str, preset: Preset, work: Path, data: Path) -> Path:
@@ -166,8 +182,13 @@ def _evaluate(table: Table, folder: Path, preset: Preset, data: Path, progress: 
     return {
         "items": len(next(iter(runs[0].outcome.right.values()))),
         "accuracy": {f"{run.engine} {run.precision}": run.outcome.metrics() for run in runs},
-        "agreement": compare(runs),
+        "agreement": [_without_paths(pair) for pair in compare(runs)],
     }
+
+
+def _without_paths(pair: dict[str, Any]) -> dict[str, Any]:
+    sides = {side: {key: value for key, value in pair[side].items() if key != "path"} for side in ("first", "second")}
+    return {**pair, **sides}
 
 
 def _facts(recipe: Recipe) -> dict[str, Any]:
