@@ -2,9 +2,10 @@
 
     python benchmarks/sub_networks.py --scratch DIR
 
-Weights are random (speed does not depend on them). INT4 with groups of 64, and float16; whole, LoNAS' heuristic (75 % of
-every MLP), its smallest (50 %), another width in every layer, half of the key-value heads, and a quarter of the blocks
-left out. Folders of one precision and runtime are measured in turns, so that ratios are side by side. Needs 20 GB of disk.
+Weights are random (speed does not depend on them). INT4 with groups of 64, and float16; whole, LoNAS' heuristic (75 %
+of every MLP), its smallest (50 %), another width in every layer, half of the key-value heads, and a quarter of the
+blocks left out. Folders of one precision and runtime are measured in turns, so that ratios are side by side. Needs 20
+GB of disk.
 """
 
 from __future__ import annotations
