@@ -38,7 +38,7 @@ FLOORS = (
     {"merge", "verify"},
     {"selection"},
     {"sources"},
-    {"branches"},
+    {"branches", "cuts"},
     {"further"},
     {"plan"},
     {"merging", "evidence"},
