@@ -164,7 +164,7 @@ def _add(
             source = source.at_rank(ranks.get(module, source.rank))
             branch, changed = stored_branch(source, dtype, module, fold=target == "openvino")
             stored[module] = branch if target == "openvino" else _in_place(reader, module, branch)
-            facts[module] = branch_facts(source.scaling, stored[module], changed, folded=target == "openvino")
+            facts[module] = branch_facts(source, stored[module], changed, folded=target == "openvino")
             step()
         _write(folder / file, target, stored, reader)
     with progress.task("reading back"):

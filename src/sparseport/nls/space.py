@@ -132,7 +132,7 @@ def _rows(recipe: FinetuneRecipe, whole: int, where: str) -> tuple[int, ...]:
     """The recipe's widths as numbers of rows of a layer that has `whole` of them."""
     step = recipe.width_multiple
     fractions = recipe.widths[0] <= 1
-    sizes = []
+    sizes: list[int] = []
     for width in recipe.widths:
         exact = width * whole if fractions else width
         size = math.floor(exact + 0.5)
