@@ -38,7 +38,7 @@ FLOORS = (
     {"merge", "verify"},
     {"selection"},
     {"sources"},
-    {"branches", "cuts"},
+    {"branches", "cuts", "fitting"},
     {"further"},
     {"plan"},
     {"merging", "evidence"},
