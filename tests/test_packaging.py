@@ -38,7 +38,7 @@ FLOORS = (
     {"merge", "verify"},
     {"selection"},
     {"sources"},
-    {"branches"},
+    {"branches", "cuts", "fitting"},
     {"further"},
     {"plan"},
     {"merging", "evidence"},

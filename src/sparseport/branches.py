@@ -15,7 +15,7 @@ from sparseport.recipe import Recipe, Target
 from sparseport.sources import Sources
 from sparseport.targets.writer import TargetWriter
 from sparseport.verify.certificate import decimal
-from sparseport.weights.branch import branch_digest, stored_branch
+from sparseport.weights.branch import branch_digest, stored_branch, widened
 from sparseport.weights.linear import LowRankBranch
 
 ADAPTER_FILES: dict[Target, str] = {"openvino": "adapter.safetensors", "onnx": "adapter.onnx_adapter"}
@@ -85,22 +85,23 @@ def hand_over(
         fold = recipe.branches == "adapter" and target == "openvino"
         stored, changed = stored_branch(branch, recipe.branch_dtype, module, fold=fold)
         writer.add_branch(module, stored)
-        facts[target] = branch_facts(branch.scaling, stored, changed, folded=fold)
+        facts[target] = branch_facts(branch, stored, changed, folded=fold)
     return facts
 
 
-def branch_facts(scaling: float, stored: LowRankBranch, changed: int, *, folded: bool) -> dict[str, Any]:
+def branch_facts(source: LowRankBranch, stored: LowRankBranch, changed: int, *, folded: bool) -> dict[str, Any]:
     """What a certificate says of a branch, before it is read back.
 
     Args:
-        scaling: the adapter's.
+        source: the branch as the adapter has it, which is the same for every target.
         stored: the branch as it is written.
         changed: how many of its values are not the adapter's.
         folded: whether the scaling is in b.
     """
     return {
         "rank": stored.rank,
-        "scaling": decimal(scaling),
+        "scaling": decimal(source.scaling),
+        "source_sha256": branch_digest(widened(source)),
         "dtypes": [stored.a.dtype.name, stored.b.dtype.name],
         "branch_sha256": branch_digest(stored),
         "changed": changed,

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from sparseport.branches import branch_facts, require_unmerged
-from sparseport.checkpoints.elastic import CHOICES, choose, open_search_space
+from sparseport.checkpoints.json_files import read_json
 from sparseport.checkpoints.peft import AdapterFolder
 from sparseport.errors import BadInput, OutputExists, Unsupported
 from sparseport.extras import require_packages
+from sparseport.fitting import Fit, fit_adapter
 from sparseport.progress import Progress
 from sparseport.publish import staged_output
 from sparseport.targets.read_back import open_reader
@@ -50,7 +51,8 @@ def add_adapter(
     """Put a further un-merged adapter beside the base of an exported folder.
 
     An OpenVINO folder takes any adapter for its layers. An ONNX folder has places only for the layers that the adapter
-    of its export (`--branches adapter`) had, in that adapter's dtypes.
+    of its export (`--branches adapter`) had, in that adapter's dtypes. Where a sub-network was exported, the adapter is
+    one of the whole model: what lies in blocks that were left out is left out, and the rest is cut like its layers.
 
     Args:
         folder: an exported folder, of one target or of several; unchanged since.
@@ -85,67 +87,23 @@ def add_adapter(
             raise OutputExists("the folder has such an adapter", where=part, found=name, fix="give another name")
     with AdapterFolder.open(adapter, allow_pickle=allow_pickle) as opened:
         require_unmerged(opened)
-        ranks = _ranks(opened, Certificate.read(parts[0]), sub_adapter, search_space)
+        fits = {}
+        for part in parts:
+            config = read_json(part / "config.json", what="model config")
+            fits[part] = fit_adapter(opened, Certificate.read(part), config, sub_adapter, search_space)
         with staged_output(folder, overwrite=True, ours=lambda path: bool(certified_folders(path))) as stage:
             shutil.copytree(folder, stage, copy_function=_link, dirs_exist_ok=True)
             return [
-                _add(stage / part.relative_to(folder), name, opened, ranks, branch_dtype, numerics, progress)
+                _add(stage / part.relative_to(folder), name, opened, fits[part], branch_dtype, numerics, progress)
                 for part in parts
             ]
-
-
-def _ranks(
-    adapter: AdapterFolder, certificate: Certificate, sub_adapter: str, search_space: Path | None
-) -> dict[str, int]:
-    """Module -> rank of the chosen sub-adapter, after a look at shapes; a module that is not in it keeps its rank.
-
-    Raises:
-        BadInput: it is for another base, or there is nothing to choose from.
-        Unsupported: the choice keeps a part of a layer's rows.
-    """
-    linears = certificate.linears
-    for module in adapter.modules():
-        shape = tuple(linears[module]["shape"]) if module in linears else None
-        if shape != adapter.shape(module):
-            raise BadInput(
-                "the adapter is for another base",
-                where=f"{adapter.path}, {module}",
-                expected=shape or "one of the exported linear layers",
-                found=adapter.shape(module),
-                fix=f"use an adapter that was trained on this base; this one names {adapter.base_model_name!r}",
-                code="E_PAIRING",
-            )
-    space_file = search_space or adapter.search_space_file()
-    if space_file is None:
-        if sub_adapter != "maximal":
-            raise BadInput(
-                "the adapter has no search space to choose a sub-adapter from",
-                where=adapter.path,
-                fix="give its search space, or leave the choice away",
-                code="E_ELASTIC",
-            )
-        return {}
-    numbers = [int(part) for module in linears for part in module.split(".") if part.isdecimal()]
-    space = open_search_space(space_file, layers=max(numbers, default=-1) + 1 or None)
-    choice = sub_adapter if sub_adapter in CHOICES else Path(sub_adapter)
-    selection = choose(space, choice, trained=adapter.ranks())
-    for module, width in selection.widths.items():
-        if module in linears and linears[module]["shape"][0] != width:
-            raise Unsupported(
-                "the sub-adapter keeps a part of a layer's rows, which the exported base has whole",
-                where=module,
-                found=width,
-                fix="choose full widths",
-                code="E_WIDTH",
-            )
-    return selection.ranks
 
 
 def _add(
     folder: Path,
     name: str,
     adapter: AdapterFolder,
-    ranks: dict[str, int],
+    fit: Fit,
     dtype: str,
     numerics: bool,
     progress: Progress,
@@ -157,14 +115,12 @@ def _add(
     digest_graph(reader, certificate.linears, certificate.tensors)  # places are known when all weights are
     stored: dict[str, LowRankBranch] = {}
     facts: dict[str, dict[str, Any]] = {}
-    modules = adapter.modules()
-    with progress.task(f"writing {file}", len(modules)) as step:
-        for module in modules:
-            source = adapter.branch(module)
-            source = source.at_rank(ranks.get(module, source.rank))
+    with progress.task(f"writing {file}", len(fit.written)) as step:
+        for own, module in fit.written.items():
+            source = fit.branch(adapter, own)
             branch, changed = stored_branch(source, dtype, module, fold=target == "openvino")
             stored[module] = branch if target == "openvino" else _in_place(reader, module, branch)
-            facts[module] = branch_facts(source.scaling, stored[module], changed, folded=target == "openvino")
+            facts[module] = branch_facts(source, stored[module], changed, folded=target == "openvino")
             step()
         _write(folder / file, target, stored, reader)
     with progress.task("reading back"):

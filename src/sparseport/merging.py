@@ -28,10 +28,14 @@ def merge_planned(recipe: Recipe, sources: Sources, layer: LayerPlan) -> Merged:
         return merged
     rows, columns = cut.rows.get(layer.module), cut.columns.get(layer.module)
     weight = cut_weight(merged.weight, rows, columns, layer.module)
-    # What the whole layer revived may lie in the part that is cut away.
+    # What the whole layer revived, or what was pruned again in it, may lie in the part that is cut away.
     kept_revived = 0 if weight.mask is None or not merged.revived else revived(weight, weight.mask)
+    re_pruned = 0
+    if merged.before is not None:
+        assert weight.mask is not None
+        re_pruned = revived(cut_weight(merged.before, rows, columns, layer.module), weight.mask)
     branch = None if merged.branch is None else cut_branch(merged.branch, rows, columns)
-    return replace(merged, weight=weight, revived=kept_revived, branch=branch)
+    return replace(merged, weight=weight, revived=kept_revived, re_pruned=re_pruned, before=None, branch=branch)
 
 
 def _merge_whole(recipe: Recipe, sources: Sources, layer: LayerPlan) -> Merged:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ import numpy as np
 
 from sparseport.branches import branch_notes, hand_over, take_adapter
 from sparseport.compress import compress_folder
+from sparseport.cuts import require_same_class
+from sparseport.errors import SparseportError
 from sparseport.evidence import Facts, for_target, linear_facts, recipe_facts, revived_note, totals
 from sparseport.extras import require_packages
 from sparseport.merging import merge_planned
@@ -78,7 +80,7 @@ def plan(recipe: Recipe) -> Plan:
         SparseportError: an input cannot be opened or does not fit the others.
     """
     with open_sources(recipe) as sources:
-        return make_plan(recipe, sources)
+        return _planned(recipe, sources)
 
 
 def export(recipe: Recipe, progress: Progress | None = None) -> ExportResult:
@@ -96,7 +98,7 @@ def export(recipe: Recipe, progress: Progress | None = None) -> ExportResult:
     progress = progress or Progress("quiet")
     require_packages(recipe.target)
     with open_sources(recipe) as sources:
-        layers = make_plan(recipe, sources)
+        layers = _planned(recipe, sources)
         require_exportable(layers)
         for note in layers.notes:
             progress.note(note)
@@ -115,6 +117,17 @@ def export(recipe: Recipe, progress: Progress | None = None) -> ExportResult:
         for target, certificate in certificates.items()
     ]
     return ExportResult(recipe.output, exports, layers.notes)
+
+
+def _planned(recipe: Recipe, sources: Sources) -> Plan:
+    """The plan, after a look at what the model's class makes of the blocks that a sub-network keeps."""
+    layers = make_plan(recipe, sources)
+    if layers.problem is None:
+        try:
+            layers.notes.extend(require_same_class(sources))
+        except SparseportError as error:
+            return replace(layers, problem=error)
+    return layers
 
 
 def _export(

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from sparseport.branches import WAY_OUT, branch_rule, require_branches, switching_notes
 from sparseport.checkpoints.dialect import LayerFormat
+from sparseport.cuts import cut_notes, cut_weights, require_columns, require_cuttable
 from sparseport.errors import BadInput, EnvironmentProblem, FidelityError, SparseportError, Unsupported
 from sparseport.merge.subnetwork import cut_group_size
 from sparseport.recipe import Recipe, Target
@@ -25,9 +26,11 @@ from sparseport.stored_forms import StoredForm, floating_form, quantized_form, r
 
 # What the process that builds a target's graph (torch, transformers, the exporter) takes beside one matrix, measured.
 _FRONTEND_MIB = {"openvino": 450, "onnx": 550}
-# The logit check holds the model in float32 twice: in torch, and compiled by OpenVINO; plus its libraries.
+# The logit check holds the model in float32 twice: in torch, and compiled by OpenVINO; plus its libraries. In torch it
+# is the whole model, whatever is cut out of it.
 _NUMERICS_MIB = 500
 _NUMERICS_BYTES_PER_WEIGHT = 8.5
+_TORCH_BYTES_PER_WEIGHT = 4
 # NNCF holds the model it compresses and its result; plus its libraries.
 _NNCF_MIB = 600
 _NNCF_BYTES_PER_WEIGHT = 6
@@ -151,7 +154,12 @@ def make_plan(recipe: Recipe, sources: Sources) -> Plan:
     stored += _branch_bytes(recipe, layers) * len(recipe.target)
     other = sum(int(np.prod(sources.base.info(name).shape)) for name in tensors)
     other *= 4 if recipe.embedding == "fp32" else 2
-    weights = sum(rows * columns for rows, columns in (layer.shape for layer in layers)) + other // 2
+    shapes = {layer.module: layer.shape for layer in layers}
+    weights = sum(rows * columns for rows, columns in shapes.values()) + other // 2
+    checking = weights * _NUMERICS_BYTES_PER_WEIGHT
+    if sources.cut is not None:
+        whole, kept = cut_weights(sources, shapes)
+        checking += (whole - kept) * _TORCH_BYTES_PER_WEIGHT
     matrices = [layer.shape for layer in layers] + [sources.base.info(name).shape for name in tensors]
     largest = max(int(np.prod(shape)) for shape in matrices)
     # The processes that build the targets' graphs run side by side.
@@ -167,9 +175,7 @@ def make_plan(recipe: Recipe, sources: Sources) -> Plan:
         output_bytes=stored + other * len(recipe.target),
         scratch_bytes=stored + other * len(recipe.target) + (2 * (floating + other) if compressing else 0),
         memory_mib=memory,
-        numerics_memory_mib=_NUMERICS_MIB + int(weights * _NUMERICS_BYTES_PER_WEIGHT) // 2**20
-        if recipe.numerics
-        else 0,
+        numerics_memory_mib=_NUMERICS_MIB + int(checking) // 2**20 if recipe.numerics else 0,
         notes=_notes(recipe, sources, layers),
         problem=_problem(recipe, sources),
     )
@@ -187,6 +193,7 @@ def _problem(recipe: Recipe, sources: Sources) -> SparseportError | None:
     try:
         require_head_size(recipe, sources.base.config, str(sources.base.path))
         require_branches(recipe, sources)
+        require_cuttable(sources)
     except SparseportError as error:
         return error
     return None
@@ -249,6 +256,7 @@ def _plan_layer(module: str, adapted: bool, recipe: Recipe, sources: Sources) ->
     if adapted:
         rank = sources.rank_of(module)
         rule = branch_rule(recipe) if recipe.branches != "refuse" else _rule(module, form.quantized, sources)
+    require_columns(module, sources)
     if form.group_size is not None:
         assert form.bits is not None
         group = form.group_size if shape[1] == form.shape[1] else cut_group_size(form.group_size, shape[1])
@@ -371,7 +379,7 @@ def _notes(recipe: Recipe, sources: Sources, layers: list[LayerPlan]) -> list[st
     notes = list(sources.base.warnings)
     if sources.sparse is not None:
         notes.extend(sources.sparse.warnings)
-    notes += _choices(recipe, sources) + _cuts(sources, layers)
+    notes += _choices(recipe, sources) + cut_notes(sources, {layer.module: layer.shape for layer in layers})
     if sources.tuned is not None:
         notes.extend(sources.tuned.warnings)
     if sources.adapter is not None:
@@ -409,23 +417,6 @@ def _choices(recipe: Recipe, sources: Sources) -> list[str]:
             "the adapter is elastic, and its maximal sub-adapter is taken; --sub-adapter heuristic is the median"
         )
     return notes
-
-
-def _cuts(sources: Sources, layers: list[LayerPlan]) -> list[str]:
-    """What the chosen sub-network leaves out."""
-    if sources.cut is None:
-        return []
-    before = sum(
-        int(np.prod(sources.format_of(module).shape))
-        for module in sources.linears.folder.linear_names()
-        if module != sources.base.head_name
-    )
-    after = sum(layer.shape[0] * layer.shape[1] for layer in layers if layer.module != sources.base.head_name)
-    total = sources.base.config.get("num_hidden_layers")
-    parts = [] if len(sources.cut.blocks) == total else [f"{len(sources.cut.blocks)} of {total} blocks"]
-    parts += [f"{len(sources.cut.rows)} layers with fewer rows"] if sources.cut.rows else []
-    share = f"{after:,} of {before:,} weights of linear layers ({after / before:.1%})"
-    return [f"the sub-network has {', '.join(parts)}: {share}"]
 
 
 def _computed_frequencies(sources: Sources) -> list[str]:

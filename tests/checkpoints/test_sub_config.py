@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from sparseport.checkpoints.block_settings import require_same_blocks
 from sparseport.checkpoints.sub_config import cut_config, in_whole_model, kept_blocks, smaller_shapes, whole_config
 from sparseport.errors import BadInput, Unsupported
 
@@ -55,22 +56,30 @@ def test_an_ordinary_config_is_its_own_whole():
     assert whole_config(CONFIG) == CONFIG and smaller_shapes(CONFIG) == {} and kept_blocks(CONFIG) is None
 
 
+WINDOW = "layer_types"
+
+
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "said_by"),
     [
-        {"sliding_window": 64},
-        {"max_window_layers": 2, "use_sliding_window": True, "sliding_window": 64},
-        {"sliding_window_pattern": 6},
-        {"no_rope_layer_interval": 4},
+        ({"sliding_window": 64}, WINDOW),
+        ({"max_window_layers": 2, "use_sliding_window": True, "sliding_window": 64}, WINDOW),
+        ({"sliding_window_pattern": 6}, WINDOW),
+        ({"global_attn_every_n_layers": 3}, WINDOW),
+        ({"no_rope_layer_interval": 4}, "no_rope_layers"),
+        ({"first_k_dense_replace": 1}, "mlp_layer_types"),
+        ({"sliding_window": 64, "no_rope_layer_interval": 4, "layer_types": ["a", "b", "c"]}, "no_rope_layers"),
     ],
 )
-def test_blocks_whose_number_matters_are_not_renumbered(settings):
-    config = {**CONFIG, **settings, "model_type": "qwen2"}
+def test_blocks_whose_number_matters_are_not_renumbered(settings, said_by):
+    """Only the list that says the same thing for each block will do, whatever other lists there are."""
+    config = {**CONFIG, **settings, "model_type": "qwen2", said_by: ["a", "b", "c"]}
     kept = shapes({0: 128, 1: 128})
-    assert cut_config(config, (0, 2), kept, kept)["layer_types"] == ["a", "c"]
-    del config["layer_types"]
-    with pytest.raises(Unsupported, match="layer_types"):
+    assert cut_config(config, (0, 2), kept, kept)[said_by] == ["a", "c"]
+    del config[said_by]
+    with pytest.raises(Unsupported, match="depend on its number") as caught:
         cut_config(config, (0, 2), kept, kept)
+    assert f"`{said_by}`" in caught.value.fix
     whole = shapes(dict.fromkeys(range(3), 128))
     assert cut_config(config, (0, 1, 2), whole, shapes({0: 64, 1: 128, 2: 128}))["num_hidden_layers"] == 3
 
@@ -82,6 +91,60 @@ def test_the_same_window_everywhere_is_no_obstacle():
     assert cut_config(config, (1,), kept, kept)["num_hidden_layers"] == 1
     off = {**config, "model_type": "qwen2", "use_sliding_window": False, "max_window_layers": 2}
     assert cut_config(off, (1,), kept, kept)["num_hidden_layers"] == 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mlp_only_layers": [1]},
+        {"moe_layers": [0, 1, 2]},
+        {"attn_layer_period": 8},
+        {"scale_attn_by_inverse_layer_idx": True},
+        {"num_kv_shared_layers": 2},
+        {"model_type": "diffllama"},
+    ],
+)
+def test_what_no_list_can_say_keeps_all_blocks(settings):
+    kept = shapes({0: 128, 1: 128})
+    with pytest.raises(Unsupported, match=next(iter(settings))) as caught:
+        cut_config({**CONFIG, **settings}, (0, 2), kept, kept)
+    assert "keep all blocks" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"mlp_only_layers": []}, {"decoder_sparse_step": 1}, {"num_kv_shared_layers": 0}, {"no_rope_layer_interval": 1}],
+)
+def test_settings_under_which_all_blocks_are_alike(settings):
+    kept = shapes({0: 128, 1: 128})
+    assert cut_config({**CONFIG, **settings}, (0, 2), kept, kept)["num_hidden_layers"] == 2
+
+
+def test_only_known_lists_are_cut():
+    """A list of token ids that is as long as the model is deep stays; one that nobody knows is refused by its name."""
+    kept = shapes({0: 128, 1: 128})
+    known = {**CONFIG, "suppress_tokens": [4, 5, 6], "mlp_layer_types": ["x", "y", "z"], "unknown": [1, 2]}
+    found = cut_config(known, (0, 2), kept, kept)
+    assert found["suppress_tokens"] == [4, 5, 6] and found["unknown"] == [1, 2] and found["eos_token_id"] == [1, 2, 3]
+    assert found["mlp_layer_types"] == ["x", "z"]
+    assert found["sparseport"]["whole"].keys() == {"num_hidden_layers", "layer_types", "mlp_layer_types"}
+    with pytest.raises(Unsupported, match=r"config\.json, strange"):
+        cut_config({**CONFIG, "strange": [1, 2, 3]}, (0, 2), kept, kept)
+    with pytest.raises(Unsupported, match=r"config\.json, layer_types"):
+        cut_config({**CONFIG, "layer_types": ["a", "b"]}, (0, 2), kept, kept)
+    whole = shapes(dict.fromkeys(range(3), 128))
+    assert cut_config({**CONFIG, "strange": [1, 2, 3]}, (0, 1, 2), whole, whole)["strange"] == [1, 2, 3]
+
+
+def test_defaults_of_a_class_are_held_against_each_other():
+    """What a class fills in for three blocks out of four has to be what it fills in for these three among the four."""
+    whole = {"num_hidden_layers": 4, "sliding_window": 8, "layer_types": ["s", "f", "s", "f"]}
+    require_same_blocks(whole, {"num_hidden_layers": 3, "layer_types": ["s", "f", "s"]}, (0, 1, 2))
+    with pytest.raises(Unsupported, match=r"\['s', 'f', 'f'\]") as caught:
+        require_same_blocks(whole, {"num_hidden_layers": 3, "layer_types": ["s", "f", "s"]}, (0, 1, 3))
+    assert "`layer_types`" in caught.value.fix
+    with pytest.raises(Unsupported, match="sliding_window"):
+        require_same_blocks({**whole, "layer_types": None}, {"num_hidden_layers": 3}, (0, 1, 2))
 
 
 @pytest.mark.parametrize(

@@ -27,10 +27,12 @@ STEPS = {
     "sparseport.verify.numerics": "compare_logits",
     "sparseport.verify.switched": "compare_switched",
     "sparseport.checkpoints.gguf": "_convert",
+    "sparseport.targets.block_defaults": "compare_blocks",
 }
 _USERS = (
     "sparseport.verify.judge",
     "sparseport.sources",
+    "sparseport.cuts",
     "sparseport.targets.openvino.writer",
     "sparseport.targets.onnx.writer",
 )

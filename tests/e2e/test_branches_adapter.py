@@ -19,7 +19,7 @@ from sparseport.pipeline import export
 from sparseport.recipe import make_recipe
 from sparseport.targets.read_back import open_reader
 from sparseport.verify.certificate import Certificate
-from sparseport.verify.folder import verify
+from sparseport.verify.folder import unequal_weights, verify
 from sparseport.weights.linear import DenseWeight, LowRankBranch
 from sparseport.weights.rounding import dequantize
 
@@ -186,6 +186,37 @@ def test_float16(form: str, tiny_sparse: Path, tmp_path: Path) -> None:
     assert set(branches) == set(source)
     assert {branch.a.dtype.name for branch in branches.values()} == {"float16"}
     _require_switch(folder, tiny_sparse, tmp_path / "adapter", {})
+
+
+def test_targets_certify_the_same_adapter(tiny_sparse: Path, tmp_path: Path) -> None:
+    """Folded into B here and beside it there, in other dtypes: the digest of what the adapter itself says is one."""
+    fields = {"base": tiny_sparse, "numerics": False, "tokenizer": False, "branches": "adapter"}
+
+    def verdicts(name: str, seed: int, dtype: Any = np.float16) -> list[Any]:
+        dense_adapter(tiny_sparse, tmp_path / name, alpha=6.0, seed=seed, dtype=dtype)
+        given = {**fields, "adapter": tmp_path / name, "output": tmp_path / f"{name}-out"}
+        folder = export(make_recipe({**given, "target": ["openvino", "onnx"]})).folder
+        return [verify(folder / target) for target in ("openvino", "onnx")]
+
+    one, two = verdicts("one", 3), verdicts("two", 4)
+    assert unequal_weights(one) == unequal_weights(two) == []
+    facts = [verdict.certificate.adapters[FILES[verdict.certificate.target]][Q] for verdict in one]
+    assert facts[0]["branch_sha256"] != facts[1]["branch_sha256"]
+    assert facts[0]["source_sha256"] == facts[1]["source_sha256"]
+    mixed = unequal_weights([one[0], two[1]])
+    assert len(mixed) == len(one[0].certificate.adapters[FILES["openvino"]])
+    assert f"adapter adapter, {Q}: the targets' certificates name different branches" in mixed
+    # A certificate from before there was such a digest is read, and compared by what it has.
+    old = two[1].certificate
+    for branch in old.body["adapters"][FILES["onnx"]].values():
+        del branch["source_sha256"]
+    old.write(two[1].folder)
+    again = verify(two[1].folder)
+    assert again.differences == [] and unequal_weights([one[0], again]) == []
+    del again.certificate.body["adapters"][FILES["onnx"]][Q]
+    assert unequal_weights([one[0], again]) == [
+        f"adapter adapter, {Q}: the targets' certificates name different branches"
+    ]
 
 
 def test_the_same_files_every_time(tiny_sparse: Path, tiny_adapter_dense: Path, tmp_path: Path) -> None:

@@ -9,22 +9,29 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 import sparseport
 from branch_models import TOKENS, dense_adapter, peft_logits
 from dialects import quantised_llama
+from e2e.cut_models import MIXED, make_model, mask, space
 from e2e.in_process import in_process
+from sparseport.checkpoints.elastic import ElasticGroup, save_search_space
+from sparseport.checkpoints.peft import write_adapter
 from sparseport.errors import BadInput, FidelityError, OutputExists, SparseportError, Unsupported, VerificationError
 from sparseport.further import add_adapter
 from sparseport.pipeline import export
 from sparseport.recipe import make_recipe
 from sparseport.targets.read_back import open_reader
 from sparseport.verify.certificate import Certificate
-from sparseport.verify.folder import verify
+from sparseport.verify.folder import unequal_weights, verify
+from sparseport.weights.linear import LowRankBranch
 
 pytest.importorskip("onnxruntime_genai")
 pytest.importorskip("openvino_genai")
 pytest.importorskip("peft")
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
 
 NAMES = ("q_proj", "k_proj", "v_proj", "down_proj")
 
@@ -180,6 +187,102 @@ def test_a_failed_comparison_changes_nothing(
     dense_adapter(tiny_sparse, tmp_path / "second", NAMES, seed=9)
     monkeypatch.setattr(switched, "attach", lambda *_: _Handle())
     assert "logits differ" in _refused(FidelityError, copy(), tmp_path / "second")
+
+
+# --- sub-networks: the adapter is one of the whole model, the folder numbers its blocks anew -------------------------
+
+
+@pytest.fixture(scope="module")
+def cut_base(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(whole model, exported folder without block 2, with other widths and heads in each block)."""
+    root = tmp_path_factory.mktemp("cut")
+    make_model(root / "base", "LlamaConfig", "LlamaForCausalLM", {})
+    dense_adapter(root / "base", root / "first", NAMES)
+    fields = {"base": root / "base", "adapter": root / "first", **space(root, MIXED), "branches": "adapter"}
+    fields |= {"output": root / "out", "target": ["openvino", "onnx"], "tokenizer": False}
+    return root / "base", export(make_recipe(fields)).folder
+
+
+def test_an_adapter_of_the_whole_model_finds_its_layers(cut_base: tuple[Path, Path], tmp_path: Path) -> None:
+    """Against the masked whole model with the adapter merged into all its blocks, by their own numbers."""
+    base, exported = cut_base
+    folder = Path(shutil.copytree(exported, tmp_path / "out"))
+    source = dense_adapter(base, tmp_path / "second", NAMES, rank=3, seed=9)
+    certificates = add_adapter(folder, tmp_path / "second", "second")
+    model = transformers.LlamaForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for module, branch in source.items():
+            delta = branch.scaling * (branch.b @ branch.a)
+            model.get_submodule(module).weight += torch.from_numpy(delta.astype(np.float32))
+        expected = mask(model, MIXED)(torch.tensor([TOKENS]), use_cache=False).logits[0].numpy()
+    from sparseport.verify.runs import onnx_logits
+
+    found = onnx_logits(folder / "onnx", TOKENS, adapter=folder / "onnx" / "second.onnx_adapter")
+    assert np.abs(found - expected).max() < 1e-4
+    without = onnx_logits(folder / "onnx", TOKENS, adapter=None)
+    assert np.abs(without - expected).max() > 1e-2
+    for certificate, target in zip(certificates, ("onnx", "openvino"), strict=True):
+        assert verify(folder / target).differences == []
+        (branches,) = (facts for file, facts in certificate.adapters.items() if file.startswith("second"))
+        assert len(branches) == 3 * len(NAMES) and "model.layers.3.self_attn.q_proj" not in branches
+    assert unequal_weights([verify(folder / target) for target in ("openvino", "onnx")]) == []
+    # OpenVINO's file, read by the package that wrote none of it: block 2 of the folder was block 3.
+    with safe_open(folder / "openvino" / "second.safetensors", "np") as file:
+        b = file.get_tensor("base_model.model.model.layers.2.self_attn.q_proj.lora_B.weight")
+    whole = source["model.layers.3.self_attn.q_proj"]
+    assert np.allclose(b, whole.scaling * whole.b[:32], rtol=1e-6)
+
+
+def test_adapters_that_fit_no_layer_of_the_sub_network(cut_base: tuple[Path, Path], tmp_path: Path) -> None:
+    base, exported = cut_base
+    folder = Path(shutil.copytree(exported, tmp_path / "out"))
+    source = dense_adapter(base, tmp_path / "all", NAMES)
+
+    def adapter(name: str, branches: dict[str, LowRankBranch]) -> Path:
+        names = sorted({module.rpartition(".")[2] for module in branches})
+        write_adapter(tmp_path / name, branches, r=4, alpha=6.0, target_modules=names, base_model_name="tiny")
+        return tmp_path / name
+
+    gone = {module: branch for module, branch in source.items() if ".layers.2." in module}
+    assert "only blocks that were left out" in _refused(BadInput, folder, adapter("gone", gone))
+    stray = {module.replace("layers.2", "layers.4"): branch for module, branch in gone.items()}
+    assert "another base" in _refused(BadInput, folder, adapter("stray", {**source, **stray}))
+    # An adapter as wide as the cut layer is not one of the whole model.
+    q = "model.layers.1.self_attn.q_proj"
+    narrow = LowRankBranch(source[q].a, source[q].b[:32], source[q].scaling)
+    assert "another base" in _refused(BadInput, folder, adapter("narrow", {**source, q: narrow}))
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        (
+            ElasticGroup(("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"), (128, 96), "width"),
+            "other rows",
+        ),
+        (ElasticGroup(("model.layers.3.self_attn",), (2, 1), "heads"), "other key-value heads"),
+        (ElasticGroup(("model.layers.2",), (1, 0), "block"), "other blocks"),
+    ],
+)
+def test_a_sub_adapter_for_another_sub_network(
+    group: ElasticGroup, message: str, cut_base: tuple[Path, Path], tmp_path: Path
+) -> None:
+    base, exported = cut_base
+    folder = Path(shutil.copytree(exported, tmp_path / "out")) / "openvino"
+    dense_adapter(base, tmp_path / "second", NAMES)
+    file = save_search_space(tmp_path, [group])
+    assert message in _refused(Unsupported, folder, tmp_path / "second", search_space=file)
+    add_adapter(folder, tmp_path / "second", "second", search_space=file, sub_adapter="minimal", numerics=False)
+
+
+def test_certificate_and_config_have_to_agree_on_blocks(cut_base: tuple[Path, Path], tmp_path: Path) -> None:
+    base, exported = cut_base
+    folder = Path(shutil.copytree(exported, tmp_path / "out")) / "openvino"
+    dense_adapter(base, tmp_path / "second", NAMES)
+    body = Certificate.read(folder).body
+    body["linears"]["model.layers.2.mlp.up_proj"]["from"] = "model.layers.2.mlp.up_proj"
+    Certificate(body).write(folder)
+    assert "disagree about the blocks" in _refused(VerificationError, folder, tmp_path / "second")
 
 
 class _Handle:

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dialects import quantised_llama
 from e2e.both import export_to_both
+from e2e.cut_models import COMMON, LAYER_TYPES, MIXED, MLP, MODELS, make_model, mask, space
 from e2e.in_process import in_process
 from sparseport.checkpoints.elastic import ElasticGroup, save_search_space
 from sparseport.errors import BadInput, Unsupported
-from sparseport.pipeline import export
+from sparseport.pipeline import export, plan
 from sparseport.recipe import make_recipe
 from sparseport.targets.read_back import open_reader
 from sparseport.verify.folder import verify
@@ -24,80 +26,6 @@ pytest.importorskip("openvino")
 pytest.importorskip("onnxruntime_genai")
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-
-COMMON = {
-    "vocab_size": 256,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.1,
-    "bos_token_id": None,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
-}
-LAYER_TYPES = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
-MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "llama with biases": ("LlamaConfig", "LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
-    "qwen2, tied": ("Qwen2Config", "Qwen2ForCausalLM", {"tie_word_embeddings": True}),
-    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {"head_dim": 16}),
-    "gemma3": (
-        "Gemma3TextConfig",
-        "Gemma3ForCausalLM",
-        {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 64, "layer_types": LAYER_TYPES},
-    ),
-}
-MLP = ("gate_proj", "up_proj")
-
-
-def make_model(folder: Path, config: str, kind: str, extra: dict[str, Any]) -> Any:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = getattr(transformers, kind)(getattr(transformers, config)(**COMMON, **extra))
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if parameter.dim() == 1:
-                    middle = 0.0 if "emma" in config or name.endswith("bias") else 1.0
-                    parameter.copy_(middle + 0.1 * torch.randn_like(parameter))
-    model.half().save_pretrained(folder)
-    return getattr(transformers, kind).from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def space(folder: Path, sizes: list[int], layers: int = 4) -> dict[str, Any]:
-    """A space of widths, heads and blocks, and a list of sizes of it: fields of a recipe."""
-    groups = []
-    for number in range(layers):
-        block = f"model.layers.{number}"
-        groups.append(ElasticGroup(tuple(f"{block}.mlp.{leaf}" for leaf in MLP), (128, 96, 64), "width"))
-        groups.append(ElasticGroup((f"{block}.self_attn",), (2, 1), "heads"))
-        groups.append(ElasticGroup((block,), (1, 0), "block"))
-    (folder / "sizes.json").write_text(json.dumps(sizes), encoding="utf-8")
-    return {"search_space": save_search_space(folder, groups), "sub_adapter": str(folder / "sizes.json")}
-
-
-# Block 2 is left out; the others differ from each other.
-MIXED = [96, 2, 1] + [64, 1, 1] + [128, 2, 0] + [128, 1, 1]
-
-
-def mask(model: Any, sizes: list[int]) -> Any:
-    """The whole model with activations set to zero where the sub-network has none: no weight is looked at."""
-    heads = model.config.num_attention_heads // model.config.num_key_value_heads
-    size = model.model.layers[0].self_attn.head_dim
-    for number, layer in enumerate(model.model.layers):
-        width, kept, there = sizes[3 * number : 3 * number + 3]
-
-        def cut(module: Any, inputs: Any, columns: int) -> Any:
-            masked = inputs[0].clone()
-            masked[..., columns:] = 0
-            return (masked, *inputs[1:])
-
-        layer.mlp.down_proj.register_forward_pre_hook(lambda m, i, c=width: cut(m, i, c))
-        layer.self_attn.o_proj.register_forward_pre_hook(lambda m, i, c=kept * heads * size: cut(m, i, c))
-        if not there:
-            layer.forward = lambda hidden, *_, **__: hidden
-    return model
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
@@ -289,6 +217,77 @@ def test_a_sub_network_that_is_an_ordinary_model_loads_as_one(tmp_path: Path) ->
     built = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(config))
     shapes = {name.removesuffix(".weight"): list(p.shape) for name, p in built.named_parameters()}
     assert all(shapes[name] == facts["shape"] for name, facts in result.certificate.linears.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "extra", "drop", "said_by"),
+    [
+        ("Gemma2", {"head_dim": 16}, ("layer_types", "sliding_window"), "layer_types"),
+        ("SmolLM3", {}, ("no_rope_layers", "no_rope_layer_interval"), "no_rope_layers"),
+    ],
+)
+def test_defaults_of_the_class_are_looked_at(
+    name: str, extra: dict[str, Any], drop: tuple[str, ...], said_by: str, tmp_path: Path
+) -> None:
+    """config.json says nothing of windows and angles, and the class gives them to blocks by their numbers."""
+    make_model(tmp_path / "base", f"{name}Config", f"{name}ForCausalLM", extra)
+    file = tmp_path / "base" / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({key: config[key] for key in config if key not in drop}), encoding="utf-8")
+    without = lambda *gone: [size for n in range(4) for size in (128, 2, int(n not in gone))]  # noqa: E731
+    fields = {"base": tmp_path / "base", "output": tmp_path / "out", "tokenizer": False, "target": ["onnx"]}
+    recipe = make_recipe({**fields, **space(tmp_path, without(1))})
+    with in_process(), pytest.raises(Unsupported, match="would make others") as caught:
+        export(recipe)
+    assert caught.value.where == f"config.json, {said_by}" and not (tmp_path / "out").exists()
+    # The last block takes no other's place.
+    with in_process():
+        problem = plan(make_recipe({**fields, **space(tmp_path, without(3))})).problem
+    assert problem is None
+    file.write_text(json.dumps(config), encoding="utf-8")
+    with in_process():
+        assert plan(recipe).problem is None
+
+
+def test_the_plan_refuses_what_the_export_would(tmp_path: Path) -> None:
+    """A dry run says it: a block that has a number, a norm over all heads, columns in act-order."""
+    make_model(tmp_path / "base", *MODELS["gemma3"])
+    file = tmp_path / "base" / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config.pop("layer_types")
+    file.write_text(json.dumps(config), encoding="utf-8")
+    fields = {"output": tmp_path / "out", "tokenizer": False}
+    with in_process():
+        problem = plan(make_recipe({**fields, "base": tmp_path / "base", **space(tmp_path, MIXED)})).problem
+    assert isinstance(problem, Unsupported) and "depend on its number" in problem.what
+    make_model(tmp_path / "olmo", "Olmo2Config", "Olmo2ForCausalLM", {})
+    problem = plan(make_recipe({**fields, "base": tmp_path / "olmo", **space(tmp_path, [128, 1, 1] * 4)})).problem
+    assert isinstance(problem, Unsupported) and "runs over all of them" in problem.what
+
+
+@pytest.mark.parametrize("dialect", ["gptq-act-order", "ct-pack-group-order", "gptq-v1"])
+def test_act_order_columns_are_refused_layer_by_layer(dialect: str, tiny_sparse: Path, tmp_path: Path) -> None:
+    quantised_llama(tiny_sparse, tmp_path / "base", dialect)
+    groups = [ElasticGroup(tuple(f"model.layers.1.mlp.{leaf}" for leaf in MLP), (128, 64), "width")]
+    fields = {"search_space": save_search_space(tmp_path, groups), "sub_adapter": "minimal", "tokenizer": False}
+    found = plan(make_recipe({**fields, "base": tmp_path / "base", "output": tmp_path / "out"}))
+    refused = [] if dialect == "gptq-v1" else ["model.layers.1.mlp.down_proj"]
+    assert [layer.module for layer in found.refusals] == refused
+    assert all("act-order" in str(layer.refused) for layer in found.refusals)
+
+
+def test_the_logit_check_needs_memory_for_the_whole_model(tmp_path: Path) -> None:
+    """Torch holds the whole model, with zeros; only what the runtime holds is smaller."""
+    big = {"intermediate_size": 16384, "hidden_size": 512, "num_hidden_layers": 2}
+    config = transformers.LlamaConfig(**{**COMMON, **big})
+    transformers.LlamaForCausalLM(config).half().save_pretrained(tmp_path / "base")
+    groups = [ElasticGroup(tuple(f"model.layers.{n}.mlp.{leaf}" for leaf in MLP), (16384, 64), "width") for n in (0, 1)]
+    fields: dict[str, Any] = {"search_space": save_search_space(tmp_path, groups), "tokenizer": False}
+    fields |= {"base": tmp_path / "base", "output": tmp_path / "out"}
+    whole = plan(make_recipe({**fields, "sub_adapter": "maximal"})).numerics_memory_mib
+    small = plan(make_recipe({**fields, "sub_adapter": "minimal"})).numerics_memory_mib
+    gone = 2 * 3 * 512 * (16384 - 64)
+    assert abs((whole - small) - gone * 4.5 / 2**20) <= 1
 
 
 def test_what_cannot_be_cut_is_refused_before_any_work(tmp_path: Path, tiny_adapter_sparse: Path) -> None:

@@ -49,6 +49,17 @@ def test_heads_are_cut_with_the_query_heads_that_share_them():
     assert sub_network(Selection(widths=by_width), llama(), CONFIG) == cut
 
 
+def test_heads_and_widths_of_one_module_agree_or_are_refused():
+    attention = ATTENTION.format(2)
+    two = {f"{attention}.{leaf}": rows for leaf, rows in {"q_proj": 32, "k_proj": 16, "v_proj": 16}.items()}
+    cut = sub_network(Selection(widths=two, heads={attention: 2}), llama(), CONFIG)
+    assert cut.heads == {attention: 2}
+    for heads in (1, 3):
+        with pytest.raises(BadInput, match="different numbers of heads") as caught:
+            sub_network(Selection(widths=two, heads={attention: heads}), llama(), CONFIG)
+        assert str(heads) in caught.value.expected and "2" in caught.value.found
+
+
 def test_blocks_are_left_out_and_the_rest_is_numbered_anew():
     selection = Selection(widths=widths(1, 64) | widths(2, 32), removed=frozenset(["model.layers.1"]))
     cut = sub_network(selection, llama(), CONFIG)

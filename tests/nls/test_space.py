@@ -122,6 +122,9 @@ def test_other_trees(sketches):
         ("llama", {"widths": [128, 72]}, "no multiple of 32 rows", "64 or 96"),
         ("llama", {"widths": [1.0, 0.875]}, "no multiple of 32 rows", "0.75 or 1"),
         ("llama", {"widths": [1.0, 0.3], "width_multiple": 8}, "no multiple of 8", "0.25 or 0.3125"),
+        ("llama", {"widths": [1.0, 0.9999999]}, "the same number of rows", "at most 0.75 after 128"),
+        ("llama", {"widths": [0.25, 0.24999999]}, "the same number of rows", "none after 32"),
+        ("llama", {"search_space": [33, 8], "alpha": 66}, "above the smaller side", "at most 32"),
         ("llama", {"heads": [3, 1]}, "key-value heads", "1 to 2"),
         ("llama", {"elastic_blocks": [0, 4]}, "no such block", "0 to 3"),
         ("llama", {"elastic_blocks": [0, 1, 2, 3]}, "nothing would be left", "at most 3 of 4"),
@@ -153,6 +156,14 @@ def test_an_impossible_space_is_refused_before_weights_are_read(tmp_path: Path, 
     monkeypatch.setattr("sparseport.nls.load.load_plain", lambda folder: pytest.fail("weights were read"))
     with pytest.raises(BadInput, match="above the layer's rows"):
         load_for_training(base, recipe_of("llama", widths=[256, 128]))
+
+
+def test_ranks_are_looked_at_without_a_space_too(sketches):
+    recipe = FinetuneRecipe(nls=False, search_space=(33,), target_modules=("up_proj", "v_proj"))
+    with pytest.raises(BadInput, match="above the smaller side") as caught:
+        search_space(sketches["llama"], recipe)
+    assert caught.value.where == "model.layers.0.self_attn.v_proj"
+    search_space(sketches["llama"], recipe.model_copy(update={"target_modules": ("up_proj",)}))
 
 
 @given(st.integers(1, 64), st.integers(1, 64), st.data())

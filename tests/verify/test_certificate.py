@@ -174,6 +174,7 @@ def test_a_schema_that_never_was_is_refused(tmp_path, schema):
 
 
 LINEAR = {"shape": [2, 4], "readback": {"openvino": "ab"}}
+BRANCH = {"branch_sha256": "ab", "source_sha256": "cd", "readback": {"openvino": "ab"}}
 JUNK = (None, True, 1, -1, "x", [], ["x"], {}, {"a": 1})
 MISSING = object()
 
@@ -201,6 +202,8 @@ def with_value(body, path, value):
         (["linears", "q", "readback", "openvino"], ("x",)),
         (["linears", "q", "group_size"], (1, MISSING)),
         (["linears", "q", "tied_head"], (True, MISSING)),
+        (["linears", "q", "branch", "branch_sha256"], ("x",)),
+        (["linears", "q", "branch", "source_sha256"], ("x", MISSING)),
         (["tensors"], ({},)),
         (["tensors", "norm"], (MISSING,)),
         (["tensors", "norm", "shape"], ([],)),
@@ -212,7 +215,7 @@ def with_value(body, path, value):
 )
 def test_a_resealed_certificate_has_its_parts_in_their_types(tmp_path, path, fits):
     """Whatever somebody puts in and seals anew, reading it is an error or gives the types that every user relies on."""
-    body = {**BODY, "linears": {"q": {**LINEAR, "group_size": 4}}, "tensors": {"norm": LINEAR}}
+    body = {**BODY, "linears": {"q": {**LINEAR, "group_size": 4, "branch": BRANCH}}, "tensors": {"norm": LINEAR}}
     assert Certificate.read(put(tmp_path, resealed(body))).body == body
     for value in (MISSING, *JUNK):
         changed = put(tmp_path, resealed(with_value(body, path, value)))

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from sparseport.checkpoints.folder import ModelFolder
 from sparseport.errors import BadInput
 from sparseport.weights.linear import Array, DenseWeight, QuantizedWeight
@@ -145,6 +147,11 @@ class StoredLinears:
 
     def read(self, module: str) -> QuantizedWeight | DenseWeight:
         return self.of(module).read(module)
+
+    def act_order(self, module: str) -> bool:
+        """Whether the columns of a layer lie in another order than its groups, told by its group indices alone."""
+        indices = [self.folder.read(part) for part in self.parts(module) if part.endswith("g_idx")]
+        return any(bool((np.diff(groups.astype(np.int64)) < 0).any()) for groups in indices)
 
     def part_names(self) -> set[str]:
         """Names of all tensors that make up linear layers' weights."""

@@ -15,16 +15,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sparseport.errors import BadInput, Unsupported
+from sparseport.checkpoints.block_settings import LAYER_COUNTS, cut_lists, layer_count
+from sparseport.errors import BadInput
 
 KEY = "sparseport"
-_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
-# Lists in a config that do not describe blocks one by one, whatever their length.
-_OTHER_LISTS = ("architectures", "eos_token_id", "pad_token_id")
-# Settings by which a model computes from a block's number what the block does.
-_BY_NUMBER = ("sliding_window_pattern", "no_rope_layer_interval", "full_attention_interval", "max_window_layers")
-# Model types whose attention window is the same in every block.
-_SAME_WINDOW = ("mistral", "phi3")
 
 Shapes = Mapping[str, tuple[int, int]]
 
@@ -39,20 +33,12 @@ def cut_config(config: Mapping[str, Any], blocks: tuple[int, ...], before: Shape
         after: the same layers' shapes in the sub-network.
 
     Raises:
-        Unsupported: the config has no number of layers, or a block's number decides what it computes.
+        Unsupported: the config has no number of layers; see also `cut_lists`.
     """
-    result = dict(config)
-    key = next((name for name in _LAYER_COUNTS if isinstance(config.get(name), int)), None)
-    if key is None:
-        raise Unsupported("config.json has no number of layers", expected=" or ".join(_LAYER_COUNTS), code="E_WIDTH")
-    total = config[key]
+    key, total = layer_count(config)
     changed: dict[str, Any] = {}
     if len(blocks) < total:
-        _require_blocks_alike(config, total)
-        changed[key] = len(blocks)
-        for name, value in config.items():
-            if isinstance(value, list) and len(value) == total and name not in _OTHER_LISTS:
-                changed[name] = [value[number] for number in blocks]
+        changed = {key: len(blocks), **cut_lists(config, blocks)}
     shapes = {name: shape for name, shape in after.items() if shape != before[name]}
     width = _one_width(config, before, after)
     if width is not None:
@@ -60,7 +46,7 @@ def cut_config(config: Mapping[str, Any], blocks: tuple[int, ...], before: Shape
         shapes = {name: shape for name, shape in shapes.items() if config["intermediate_size"] not in before[name]}
     whole = {name: config.get(name) for name in changed}
     own = {"blocks": list(blocks), "shapes": {name: list(shape) for name, shape in shapes.items()}, "whole": whole}
-    return {**result, **changed, KEY: own}
+    return {**config, **changed, KEY: own}
 
 
 def smaller_shapes(config: Mapping[str, Any], where: str = "config.json") -> dict[str, tuple[int, int]]:
@@ -116,7 +102,7 @@ def _own(config: Mapping[str, Any], where: str) -> dict[str, Any] | None:
     own = config.get(KEY)
     if own is None:
         return None
-    count = next((config[name] for name in _LAYER_COUNTS if isinstance(config.get(name), int)), None)
+    count = next((config[name] for name in LAYER_COUNTS if isinstance(config.get(name), int)), None)
     fine = isinstance(own, dict) and set(own) == {"blocks", "shapes", "whole"} and isinstance(own["whole"], dict)
     fine = fine and _numbers(own["blocks"], 0) and own["blocks"] == sorted(set(own["blocks"]))
     fine = fine and isinstance(own["shapes"], dict) and len(own["blocks"]) == count
@@ -147,28 +133,3 @@ def _one_width(config: Mapping[str, Any], before: Shapes, after: Shapes) -> int 
     }
     elsewhere = any(whole in shape for name, shape in before.items() if "mlp" not in name)
     return None if len(widths) != 1 or widths == {whole} or elsewhere else widths.pop()
-
-
-def _require_blocks_alike(config: Mapping[str, Any], total: int) -> None:
-    """Refuse to renumber blocks whose number decides what they compute, unless a list in the config says it.
-
-    Raises:
-        Unsupported: names the setting.
-    """
-    types = config.get("layer_types")
-    if isinstance(types, list) and len(types) == total:
-        return
-    found = [name for name in _BY_NUMBER if config.get(name) is not None]
-    window = config.get("sliding_window") is not None and config.get("use_sliding_window") is not False
-    if config.get("use_sliding_window") is False:
-        found = [name for name in found if name != "max_window_layers"]
-    if window and config.get("model_type") not in _SAME_WINDOW:
-        found.append("sliding_window")
-    if found:
-        raise Unsupported(
-            "blocks cannot be left out: a setting makes what a block computes depend on its number",
-            where="config.json",
-            found=", ".join(found),
-            fix="give config.json a list `layer_types` with one entry per block",
-            code="E_WIDTH",
-        )

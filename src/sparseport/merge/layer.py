@@ -21,12 +21,14 @@ class Merged:
     weight       what leaves, with its mask
     revived      pruned weights of the mask that are not zero in it (0 unless the policy is keep-codes)
     re_pruned    weights that the policy `reapply` set back to zero
+    before       the weight before that, if there were some
     branch       the adapter, where it stays un-merged beside the weight
     """
 
     weight: QuantizedWeight | DenseWeight
     revived: int = 0
     re_pruned: int = 0
+    before: QuantizedWeight | DenseWeight | None = None
     branch: LowRankBranch | None = None
 
 
@@ -75,7 +77,8 @@ def merge_layer(
         pruned = hold_mask(base, base.mask, where, mask_policy)
         assert isinstance(pruned.weight, DenseWeight)
         merged = merge_sparse_peft(pruned.weight, branch, where)
-        return Merged(merged, re_pruned=pruned.re_pruned or pruned.revived)
+        count = pruned.re_pruned or pruned.revived
+        return Merged(merged, re_pruned=count, before=base if count else None)
     raise ValueError(f"no such merge rule: {rule}")
 
 
@@ -119,7 +122,7 @@ def hold_mask(base: QuantizedWeight | DenseWeight, mask: Mask | None, where: str
     if mask_policy == "keep-codes":
         return Merged(masked, revived=count)
     if mask_policy == "reapply":
-        return Merged(prune_again(masked, mask), re_pruned=count)
+        return Merged(prune_again(masked, mask), re_pruned=count, before=masked)
     raise FidelityError(
         "this layer revives weights that the sparse base prunes",
         where=where,

@@ -90,7 +90,8 @@ def sub_network(selection: Selection, shapes: Shapes, config: Mapping[str, Any],
 
     Raises:
         BadInput: a module or block that the model does not have, a width or head count that it cannot have (the message
-            has the allowed values), layers of one MLP cut differently, or no block left.
+            has the allowed values), layers of one MLP cut differently, heads and widths that contradict each other, or
+            no block left.
         Unsupported: the architecture's layers cannot be cut (fused projections, unknown names).
     """
     prefix, numbers = _blocks(shapes, where)
@@ -104,7 +105,15 @@ def sub_network(selection: Selection, shapes: Shapes, config: Mapping[str, Any],
     heads = dict(selection.heads)
     widths = dict(selection.widths)
     for module, kept in _heads_from_widths(widths, shapes, config, where).items():
-        heads.setdefault(module, kept)
+        if heads.setdefault(module, kept) != kept:
+            raise BadInput(
+                "heads and widths of an attention module keep different numbers of heads",
+                where=f"{where}, {module}" if where else module,
+                expected=f"{heads[module]} key-value heads, as its heads say",
+                found=f"{kept}, as the widths of its q, k and v say",
+                fix="give the module's size once, as heads or as widths of q, k and v",
+                code="E_WIDTH",
+            )
     for module, kept in heads.items():
         _cut_heads(cut, module, kept, shapes, config, where)
     _cut_widths(cut, widths, shapes, where)
@@ -147,12 +156,7 @@ def cut_weight(
             mask=mask,
         )
     if weight.input_order is not None:
-        raise Unsupported(
-            "columns of an act-order layer cannot be cut",
-            where=where,
-            fix="quantise the base without act-order (desc_act false)",
-            code="E_WIDTH",
-        )
+        raise act_order_refusal(where)
     part = math.gcd(weight.group_size, columns)
     groups, repeat = columns // part, weight.group_size // part
     return replace(
@@ -162,6 +166,16 @@ def cut_weight(
         zero_points=np.ascontiguousarray(np.repeat(weight.zero_points[:rows], repeat, axis=1)[:, :groups]),
         group_size=part,
         mask=mask,
+    )
+
+
+def act_order_refusal(where: str) -> Unsupported:
+    """The error for an act-order layer that loses columns: its first columns belong to any group."""
+    return Unsupported(
+        "columns of an act-order layer cannot be cut",
+        where=where,
+        fix="quantise the base without act-order (desc_act false)",
+        code="E_WIDTH",
     )
 
 
@@ -256,14 +270,29 @@ def _heads(attention: str, shapes: Shapes, config: Mapping[str, Any], where: str
             found=", ".join(m.rpartition(".")[2] for m in shapes if m.startswith(f"{attention}.")) or "no such module",
             code="E_WIDTH",
         )
-    heads = config.get("num_attention_heads")
-    size = config.get("head_dim")
-    query, keys = shapes[f"{attention}.{_QUERY}"][0], shapes[f"{attention}.k_proj"][0]
+    return head_counts(shapes[f"{attention}.{_QUERY}"][0], shapes[f"{attention}.k_proj"][0], config, attention)
+
+
+def head_counts(query: int, keys: int, config: Mapping[str, Any], attention: str) -> tuple[int, int, int]:
+    """(head size, key-value heads, query heads that share one) of an attention module.
+
+    Args:
+        query: rows of its q_proj.
+        keys: rows of its k_proj.
+        config: the model's config.json.
+        attention: its name, for messages.
+
+    Raises:
+        Unsupported: the rows are no whole heads.
+    """
+    heads, size = config.get("num_attention_heads"), config.get("head_dim")
     if not isinstance(size, int) and isinstance(heads, int) and heads > 0:
         size = query // heads
-    if not isinstance(size, int) or size < 1 or keys % size or query % keys:
+    if not isinstance(size, int) or size < 1 or keys < size or keys % size or query % keys:
         raise Unsupported(
-            "cannot tell the heads of this model", where=attention, found=f"head_dim {size}, q {query}, k {keys} rows"
+            "cannot tell the attention heads of this model",
+            where=attention,
+            found=f"head_dim {size}, q {query}, k {keys} rows",
         )
     return size, keys // size, query // keys
 

@@ -19,7 +19,7 @@ from typing import Literal
 from sparseport.checkpoints.detect import open_linears
 from sparseport.checkpoints.folder import ModelFolder
 from sparseport.errors import BadInput, Unsupported
-from sparseport.merge.subnetwork import SubNetwork
+from sparseport.merge.subnetwork import SubNetwork, head_counts
 
 Shape = tuple[int, int]
 Form = Literal["fp32", "fp16", "int8", "int4"]
@@ -122,13 +122,9 @@ def architecture_of(folder: ModelFolder) -> Architecture:
 
 
 def _heads(attention: str, shapes: Mapping[str, Shape], config: Mapping[str, object]) -> Heads:
-    query, size, count = shapes[f"{attention}.q_proj"][0], config.get("head_dim"), config.get("num_attention_heads")
-    key_value = shapes.get(f"{attention}.k_proj", (0, 0))[0]
-    if not isinstance(size, int) and isinstance(count, int) and count > 0:
-        size = query // count
-    if not isinstance(size, int) or size < 1 or key_value < size or query % size or key_value % size:
-        raise Unsupported("cannot tell the attention heads of this model", where=attention, found=f"head_dim {size}")
-    return Heads(query // size, key_value // size, size)
+    query, key = (shapes.get(f"{attention}.{leaf}", (0, 0))[0] for leaf in ("q_proj", "k_proj"))
+    size, key_value, shared = head_counts(query, key, config, attention)
+    return Heads(key_value * shared, key_value, size)
 
 
 def _kept(name: str, count: int, sub: SubNetwork) -> int:

@@ -49,10 +49,11 @@ def search_space(model: nn.Module, recipe: FinetuneRecipe) -> SearchSpace:
         Unsupported: an architecture whose layers or heads cannot be cut.
     """
     adapted = adapted_modules(model, recipe)
+    shapes = linear_shapes(model)
+    _require_ranks(recipe, {name: shapes[name] for name in adapted})
     if not recipe.nls:
         return SearchSpace(())
     prefix, layers = decoder_layers(model)
-    shapes = linear_shapes(model)
     groups = [
         *_rank_groups(recipe, adapted, prefix, len(layers)),
         *_width_groups(recipe, shapes, prefix, len(layers)),
@@ -64,6 +65,24 @@ def search_space(model: nn.Module, recipe: FinetuneRecipe) -> SearchSpace:
     for end in ("maximal", "minimal"):
         sub_network(choose(space, end), shapes, model.config.to_dict(), f"{end} sub-network")
     return space
+
+
+def _require_ranks(recipe: FinetuneRecipe, shapes: Shapes) -> None:
+    """Refuse a rank that no update of a layer can have: B A has at most the smaller of its two sides.
+
+    Raises:
+        BadInput: names the first such module, and its largest rank.
+    """
+    for name, shape in shapes.items():
+        if recipe.rank > min(shape):
+            raise BadInput(
+                "a rank is above the smaller side of a module's weight",
+                where=name,
+                expected=f"at most {min(shape)}",
+                found=recipe.rank,
+                fix="give smaller ranks in search_space, or leave the module out of target_modules",
+                code="E_ELASTIC",
+            )
 
 
 def _rank_groups(recipe: FinetuneRecipe, adapted: Sequence[str], prefix: str, count: int) -> Iterator[ElasticGroup]:
@@ -113,7 +132,7 @@ def _rows(recipe: FinetuneRecipe, whole: int, where: str) -> tuple[int, ...]:
     """The recipe's widths as numbers of rows of a layer that has `whole` of them."""
     step = recipe.width_multiple
     fractions = recipe.widths[0] <= 1
-    sizes = []
+    sizes: list[int] = []
     for width in recipe.widths:
         exact = width * whole if fractions else width
         size = math.floor(exact + 0.5)
@@ -131,6 +150,18 @@ def _rows(recipe: FinetuneRecipe, whole: int, where: str) -> tuple[int, ...]:
                 expected=" or ".join(f"{rows / whole:.6g}" if fractions else str(rows) for rows in [*near, whole]),
                 found=f"{width:g} of {whole} rows" if fractions else size,
                 fix="give whole numbers of rows, or another width_multiple; INT4 groups must fit it",
+                code="E_WIDTH",
+            )
+        if sizes and size >= sizes[-1]:
+            below = (sizes[-1] - 1) // step * step
+            raise BadInput(
+                "two widths are the same number of rows",
+                where=where,
+                expected=f"at most {below / whole:.6g} after {sizes[-1]} rows"
+                if below
+                else f"none after {sizes[-1]} rows",
+                found=f"{width:g} of {whole} rows, which is {size}",
+                fix="name each width once",
                 code="E_WIDTH",
             )
         sizes.append(size)

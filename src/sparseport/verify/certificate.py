@@ -187,7 +187,13 @@ def _is_true_or_false(value: object) -> bool:
 
 def _is_branch(value: object) -> bool:
     """What the certificate says of an un-merged branch; `readback` names the target alone, as that of a weight."""
-    return isinstance(value, dict) and _is_text(value.get("branch_sha256")) and _is_read_back(value.get("readback"))
+    # `source_sha256` is younger than the others: certificates without it are read.
+    return (
+        isinstance(value, dict)
+        and _is_text(value.get("branch_sha256"))
+        and _is_text(value.get("source_sha256", ""))
+        and _is_read_back(value.get("readback"))
+    )
 
 
 _Checks = dict[str, Callable[[object], bool]]

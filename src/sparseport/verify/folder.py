@@ -134,21 +134,49 @@ def _branch_differences(certificate: Certificate, found: dict[str, str], graph_f
 
 
 def unequal_weights(verdicts: list[Verdict]) -> list[str]:
-    """Layers of which the certificates of several targets say different things: all come from one merge.
+    """Layers and adapters of which the certificates of several targets say different things: all come from one merge.
 
-    That goes for branches in the graph as well; those in files are stored as each runtime wants them.
+    Branches in files are stored as each runtime wants them, so what is compared of them is the digest of the adapter
+    itself, where both certificates have it; of files, those that both targets have.
     """
-    linears = [verdict.certificate.linears for verdict in verdicts if verdict.certificate]
-    first, *others = [{module: _weight_and_branch(facts) for module, facts in each.items()} for each in linears] or [{}]
+    certificates = [verdict.certificate for verdict in verdicts if verdict.certificate]
     differences = []
-    for theirs in others:
-        unequal = sorted(m for m in {*first, *theirs} if first.get(m) != theirs.get(m))
-        differences += [f"{module}: the targets' certificates name different weights" for module in unequal]
+    for theirs in certificates[1:]:
+        first = certificates[0]
+        differences += [
+            f"{module}: the targets' certificates name different weights"
+            for module in sorted({*first.linears, *theirs.linears})
+            if _different(first.linears.get(module), theirs.linears.get(module))
+        ]
+        ours, other = (_by_name(certificate) for certificate in (first, theirs))
+        differences += [
+            f"adapter {name}, {module}: the targets' certificates name different branches"
+            for name in sorted({*ours} & {*other})
+            for module in sorted({*ours[name], *other[name]})
+            if _different_branch(ours[name].get(module), other[name].get(module))
+        ]
     return differences
 
 
-def _weight_and_branch(facts: dict[str, Any]) -> tuple[Any, Any]:
-    return facts.get("weight_sha256"), facts.get("branch", {}).get("branch_sha256")
+def _different(one: dict[str, Any] | None, other: dict[str, Any] | None) -> bool:
+    if one is None or other is None or one.get("weight_sha256") != other.get("weight_sha256"):
+        return True
+    ours, theirs = one.get("branch"), other.get("branch")
+    if ours is None or theirs is None:
+        return ours is not theirs
+    return _different_branch(ours, theirs) or bool(ours["branch_sha256"] != theirs["branch_sha256"])
+
+
+def _different_branch(one: dict[str, Any] | None, other: dict[str, Any] | None) -> bool:
+    if one is None or other is None:
+        return True
+    digests = one.get("source_sha256"), other.get("source_sha256")
+    return None not in digests and digests[0] != digests[1]
+
+
+def _by_name(certificate: Certificate) -> dict[str, dict[str, dict[str, Any]]]:
+    """Adapters by the names of their files without suffix, which differs from target to target."""
+    return {Path(file).stem: branches for file, branches in certificate.adapters.items()}
 
 
 def strangers(parent: Path, folders: list[Path]) -> list[str]:

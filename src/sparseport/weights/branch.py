@@ -7,6 +7,7 @@ y = base(x) + scaling * B(A x), with the scaling alpha / r_max of the super-adap
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +56,11 @@ def branch_digest(branch: LowRankBranch) -> str:
     for array in (branch.a, branch.b, np.array([branch.scaling], np.float32)):
         sha.update(canonical_bytes(array))
     return sha.hexdigest()
+
+
+def widened(branch: LowRankBranch) -> LowRankBranch:
+    """The same branch with both matrices in float32, which holds float16 and bfloat16 exactly."""
+    return replace(branch, a=branch.a.astype(np.float32), b=branch.b.astype(np.float32))
 
 
 def in_order(a: Array, order: npt.NDArray[np.int32] | None) -> Array:
