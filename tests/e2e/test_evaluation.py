@@ -89,7 +89,7 @@ def test_both_folders_and_the_merged_checkpoint_are_one_model(
 def test_written_answers_are_those_of_torch(form: str, folders: dict[str, Path], tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
     lines = [
-        {"prompt": f"Say {word}", "answer": word, "split": split, "form": form}
+        {"prompt": f"Say {word}" if split == "test" else split, "answer": word, "split": split, "form": form}
         for split in ("train", "validation", "test")
         for word in ("hello", "good bye")
     ]
