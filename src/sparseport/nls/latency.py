@@ -7,6 +7,8 @@ slows all of them; figures are medians with their range, and ratios are taken wi
 
 from __future__ import annotations
 
+import os
+import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +26,18 @@ from sparseport.verify.sessions import Session
 
 # Ids below are most often special tokens.
 _FIRST_TOKEN = 10
+
+
+def machine() -> dict[str, Any]:
+    """What decides on this machine how long a model takes: the processor's name, and how many cores may be used."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    usable = getattr(os, "sched_getaffinity", None)  # not on every system
+    return {
+        "processor": names[0] if names else platform.processor() or platform.machine(),
+        "cores": os.cpu_count() if usable is None else len(usable(0)),
+    }
 
 
 @dataclass(frozen=True)
