@@ -39,7 +39,9 @@ class SearchRecipe(Strict):
     )
     items: int | None = Field(None, ge=1, description="only the first items of that split; none: all")
     metric: str | None = Field(
-        None, description="acc or acc_norm where answers are chosen (default acc_norm), else a rule of the task"
+        None,
+        description="acc or acc_norm where answers are chosen (default acc_norm); where they are written exact_match, "
+        "number_match, or for gsm8k strict_match (default) or flexible_extract",
     )
     tokens: int = Field(64, ge=1, description="prompt length that macs are counted for, each as macs per token")
     seed: int = Field(0, ge=0)
@@ -64,7 +66,9 @@ class SearchRecipe(Strict):
     )
     backend: Literal["local", "processes", "ray"] = "local"
     workers: int = Field(1, ge=1, description="sub-networks measured at once")
-    worker_gpus: float = Field(0.0, ge=0.0, description="GPUs of each worker (ray)")
+    worker_gpus: float = Field(
+        0.0, ge=0.0, description="GPUs of each worker (ray); others use the first if there is one"
+    )
     retries: int = Field(2, ge=0, description="how often a sub-network is measured again after its worker died")
 
     @model_validator(mode="after")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sparseport.checkpoints.dialect import StoredLinears
 from sparseport.checkpoints.elastic import CHOICES, Selection, choose, open_search_space
+from sparseport.checkpoints.layers import layer_count
 from sparseport.checkpoints.nncf_fq import NncfCheckpoint, read_nls_ranks
 from sparseport.checkpoints.peft import AdapterFolder
 from sparseport.errors import BadInput
@@ -76,9 +77,7 @@ def chosen_sub_network(
                 code="E_ELASTIC",
             )
         return Selection()
-    config = linears.folder.config
-    layers = next((config[key] for key in ("num_hidden_layers", "n_layer", "num_layers") if key in config), None)
-    space = open_search_space(space_file, layers=layers if type(layers) is int else None)
+    space = open_search_space(space_file, layers=layer_count(linears.folder.config))
     if adapter is None and any(group.kind == "rank" for group in space.groups):
         raise BadInput(
             "the search space has ranks, but there is no adapter",

@@ -85,15 +85,24 @@ def test_both_folders_and_the_merged_checkpoint_are_one_model(
             assert ours == pytest.approx(theirs, abs=1e-3), target
 
 
-@pytest.mark.parametrize("form", ["chat", "text"])
-def test_written_answers_are_those_of_torch(form: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    path = tmp_path / "mine.jsonl"
+def _task_file(path: Path, form: str) -> Path:
     lines = [
-        {"prompt": f"Say {word}", "answer": word, "split": split, "form": form}
+        {"prompt": f"Say {word}" if split == "test" else split, "answer": word, "split": split, "form": form}
         for split in ("train", "validation", "test")
         for word in ("hello", "good bye")
     ]
     path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def task_file(tmp_path: Path) -> Path:
+    return _task_file(tmp_path / "mine.jsonl", "text")
+
+
+@pytest.mark.parametrize("form", ["chat", "text"])
+def test_written_answers_are_those_of_torch(form: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    path = _task_file(tmp_path / "mine.jsonl", form)
     task = load_task(str(path))
     reference = evaluate(folders["openvino"], task, engine="torch")
     answers = reference.outcome.predictions["exact_match"]
@@ -109,6 +118,27 @@ def test_written_answers_are_those_of_torch(form: str, folders: dict[str, Path],
     assert len({run.outcome.predictions["exact_match"] for run in runs}) == 1
     ended = str(runs[0].outcome.predictions["exact_match"][0])
     assert str(answers[0]).startswith(ended) and stop not in ended
+
+
+def test_greedy_answers_follow_no_generation_settings_of_the_folder(
+    folders: dict[str, Path], task_file: Path, tmp_path: Path
+) -> None:
+    """What published models' folders ask for, made strong enough to change every answer."""
+    task = load_task(str(task_file))
+    settings = {"do_sample": True, "repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "num_beams": 3}
+    settings |= {"temperature": 2.0, "num_return_sequences": 2, "min_length": 100, "suppress_tokens": [*range(60, 200)]}
+    for name, folder in folders.items():
+        wanted = evaluate(folder, task).outcome
+        copy = Path(shutil.copytree(folder, tmp_path / name))
+        file = copy / "generation_config.json"
+        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        file.write_text(json.dumps({**before, **settings}), encoding="utf-8")
+        if (file := copy / "genai_config.json").is_file():
+            config = json.loads(file.read_text(encoding="utf-8"))
+            config["search"] |= {key: value for key, value in settings.items() if key != "suppress_tokens"}
+            file.write_text(json.dumps(config), encoding="utf-8")
+        assert evaluate(copy, task).outcome == wanted
+        assert evaluate(copy, task, engine="torch").outcome == wanted
 
 
 def test_an_int4_checkpoint_runs_in_torch(tiny_int4: Path, task: Task) -> None:

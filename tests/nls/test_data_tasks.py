@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparseport.errors import BadInput, UsageError
-from sparseport.nls.tasks import MultipleChoice, load_task
+from sparseport.nls.tasks import MultipleChoice, Task, load_task
 from sparseport.nls.tasks.answers import cut, flexible, judge, last_number, strict
-from sparseport.nls.tasks.data_sets import split_off_validation
+from sparseport.nls.tasks.choosing import CHOOSING
+from sparseport.nls.tasks.data_sets import question_key, split_off_validation
+from sparseport.nls.tasks.word_problems import WORD_PROBLEMS
 
 ROWS = [{"question": f"Is it {n}?", "choices": ["yes", "no", "perhaps"], "gold": n % 3} for n in range(20)]
 
@@ -54,6 +57,61 @@ def test_no_question_is_on_two_sides(data: Path) -> None:
     assert [len(side) for side in sides] == [16, 3, 2]
     assert not sides[0] & sides[1] and not any("it 3?" in context for context in sides[0] | sides[1])
     assert dict(task.left_out) == {"the test asks the same": 1}
+
+
+SAME = [
+    ("Tom has 9 balls . How many ?", "Tom has 9 balls. How many?"),
+    ("He didn\u2019t pay $ 2.50 .", "He did n't pay $2.50"),
+    ("There were 1,426 houses", "there were 1426 houses"),
+    ("a 5-year-old boy", "A 5 year old boy"),
+    ("2 + 3 = ?", "2+3=?"),
+    ("?!", " ?! "),
+]
+OTHER = [
+    ("It costs 1.5", "It costs 15"),
+    ("2 + 3", "2 - 3"),
+    ("sort 1 23", "sort 12 3"),
+    ("1/2 of it", "12 of it"),
+    ("?!", "!?"),
+    ("\u0915\u093f", "\u0915\u0940"),
+]
+
+
+@pytest.mark.parametrize(("one", "other", "same"), [(*p, True) for p in SAME] + [(*p, False) for p in OTHER])
+def test_spellings_of_one_question(one: str, other: str, same: bool) -> None:
+    assert (question_key(one) == question_key(other)) == same
+
+
+@pytest.mark.parametrize("name", ["mawps", "svamp", "math-data"])
+def test_word_problems_share_no_question_in_another_spelling(name: str, tmp_path: Path) -> None:
+    """Every question of the training file comes twice, as each of two collections spells it; the test has some."""
+    spelt = [f"Ann has {n}.5 plums , and eats {{}} . How many are left ?" for n in range(30)]
+    rows = [{"question": text.format(1), "answer": "2"} for text in spelt]
+    rows += [{"question": text.format(1).replace(" ,", ",").replace(" .", ".").replace(" ?", "?"), "answer": "2"}
+             for text in spelt]  # fmt: skip
+    for file in ("mawps.train", "math_data"):
+        _write(tmp_path / "math" / f"{file}.jsonl", rows)
+    _write(tmp_path / "math" / "mawps.valid.jsonl", rows[-3:])
+    for file in ("gsm8k.test", "mawps.test", "svamp.test"):
+        _write(tmp_path / "math" / f"{file}.jsonl", [{**row, "question": row["question"].upper()} for row in rows[:5]])
+    task = load_task(name, tmp_path)
+    assert len(task.validation) >= 10 and len(task.train) >= 40
+    _require_apart(task)
+    assert dict(task.left_out)["the test asks the same"] == 10
+
+
+def test_home_commands_share_no_sentence_in_another_spelling() -> None:
+    _require_apart(load_task("home-commands"))
+
+
+def _require_apart(task: Task) -> None:
+    """No question on two sides, by another spelling rule than the one that made the splits."""
+    sides = [{_bare(item.prompt) for item in split} for split in (task.train, task.validation, task.test)]
+    assert not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
+
+
+def _bare(text: str) -> str:
+    return re.sub(r"[^a-z0-9.]|(?<!\d)\.|\.(?!\d)", "", text.lower())
 
 
 @given(st.lists(st.integers(0, 60), max_size=80), st.sets(st.integers(0, 60)))
@@ -175,10 +233,10 @@ def test_real_data_sets(shared_dir: Path) -> None:
     if not folder.is_dir():
         pytest.skip(f"no data sets in {shared_dir}")
     sizes = {}
-    for name in ("arc-easy", "arc-challenge", "openbookqa", "gsm8k", "mawps", "svamp"):
+    for name in (*CHOOSING, *WORD_PROBLEMS):
         task = load_task(name, folder)
         sizes[name] = (len(task.train), len(task.validation), len(task.test))
-        prompts = [{item.prompt for item in split} for split in (task.train, task.validation, task.test)]
-        assert not (prompts[0] & prompts[1] or prompts[0] & prompts[2] or prompts[1] & prompts[2])
+        _require_apart(task)
     assert sizes["arc-easy"] == (1794, 449, 2376) and sizes["openbookqa"][2] == 500 and sizes["gsm8k"][2] == 1319
     assert load_task("svamp", folder).left_out["the test asks the same"] == 640
+    assert load_task("math-data", folder).left_out["the test asks the same"] == 1417

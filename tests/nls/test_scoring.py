@@ -14,10 +14,21 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from sparseport.errors import BadInput  # noqa: E402
+from sparseport.errors import BadInput, UsageError  # noqa: E402
 from sparseport.nls.engines import Group, Score, TorchEngine, longest_input, score_of  # noqa: E402
-from sparseport.nls.scoring import Outcome, agreement, digest_of, mcnemar, mean, score_choices, stderr  # noqa: E402
-from sparseport.nls.tasks import MultipleChoice  # noqa: E402
+from sparseport.nls.scoring import (  # noqa: E402
+    Outcome,
+    agreement,
+    check_metric,
+    digest_of,
+    mcnemar,
+    mean,
+    score_choices,
+    stderr,
+)
+from sparseport.nls.tasks import MultipleChoice, Task  # noqa: E402
+from sparseport.nls.tasks.answers import judge  # noqa: E402
+from sparseport.search_recipe import SearchRecipe  # noqa: E402
 
 ITEMS = [
     MultipleChoice("Question: what is wet?\nAnswer:", ("water", "a dry stone", "sand", "dust"), 0),
@@ -217,3 +228,39 @@ def test_longest_input_by_the_names_that_configs_use() -> None:
     assert longest_input({"max_position_embeddings": 512, "n_ctx": 7}) == 512
     assert longest_input({"n_ctx": 7}) == 7
     assert longest_input({}) == 2048
+
+
+def _task(rule: Any) -> Task:
+    if rule == "choices":
+        return Task("mine", (), (), (), choices={"test": tuple(ITEMS)})
+    return Task("mine", (), (), (), rule=rule)
+
+
+@pytest.mark.parametrize(
+    ("rule", "counts", "others"),
+    [
+        ("choices", "acc_norm", {"acc"}),
+        ("exact", "exact_match", set()),
+        ("number", "number_match", set()),
+        ("gsm8k", "strict_match", {"flexible_extract"}),
+    ],
+)
+def test_the_metric_of_a_search(rule: Any, counts: str, others: set[str]) -> None:
+    """The first of a rule counts for written answers, acc_norm for choices; what a task does not have is refused."""
+    task = _task(rule)
+    assert check_metric(task, SearchRecipe()) == counts
+    every = {"acc", "acc_norm", "exact_match", "number_match", "strict_match", "flexible_extract", "f1"}
+    for name in every:
+        if name in {counts, *others}:
+            assert check_metric(task, SearchRecipe(metric=name)) == name
+        else:
+            with pytest.raises(UsageError, match=f"(?s)no such metric.*{counts}.*{name}"):
+                check_metric(task, SearchRecipe(metric=name))
+
+
+def test_metrics_of_a_search_are_those_that_are_measured(model: Any, tokenizer: Any) -> None:
+    found = score_choices(TorchEngine(model), tokenizer, ITEMS[:1]).right
+    assert {check_metric(_task("choices"), SearchRecipe(metric=name)) for name in found} == set(found)
+    rules: tuple[Any, ...] = ("exact", "number", "gsm8k")
+    for rule in rules:
+        assert check_metric(_task(rule), SearchRecipe()) == next(iter(judge(rule, ["1"], ["1"])))

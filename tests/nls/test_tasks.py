@@ -43,6 +43,24 @@ def test_task_file(tmp_path: Path) -> None:
     assert load_task(str(path)).test[0].prompt == "test"
 
 
+def test_a_task_file_measures_nothing_that_it_trains(tmp_path: Path) -> None:
+    """Questions of test leave validation and train, those of validation leave train, and all are counted."""
+    rows = [
+        *(("train", text) for text in ("Say one.", "say two", "Say three", "say four")),
+        *(("validation", text) for text in ("Say two!", "Say three?")),
+        *(("test", text) for text in ("say three", "SAY ONE")),
+    ]
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": text, "answer": "x", "split": split}) for split, text in rows))
+    task = load_task(str(path))
+    kept = [[item.prompt for item in split] for split in (task.train, task.validation, task.test)]
+    assert kept == [["say four"], ["Say two!"], ["say three", "SAY ONE"]]
+    assert dict(task.left_out) == {"the test asks the same": 1, "validation or test asks the same": 3}
+    path.write_text(path.read_text().replace("say four", "say three"))
+    with pytest.raises(BadInput, match="every question of train"):
+        load_task(str(path))
+
+
 @pytest.mark.parametrize("line", ["{", "[]", '{"prompt": "a"}', '{"prompt": "a", "answer": "b", "split": "dev"}'])
 def test_bad_lines_are_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "mine.jsonl"

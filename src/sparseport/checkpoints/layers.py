@@ -12,8 +12,20 @@ from sparseport.errors import BadInput
 
 _LAYER = re.compile(r"^(?P<stem>(?:.*\.)?(?:layers|h|blocks))\.(?P<index>\d+)\.(?P<rest>.+)$")
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
+# Where the language model's part of a config stands if the model does more than language.
+_TEXT = "text_config"
 # Python refuses to read a number of thousands of digits, and no model has that many layers.
 DIGITS = 18
+
+
+def layer_count(config: dict[str, Any]) -> int | None:
+    """The number of decoder layers by a config.json, under any of its names; None if it does not say."""
+    inner = config.get(_TEXT)
+    for place in (inner if isinstance(inner, dict) else {}, config):
+        for key in _LAYER_COUNTS:
+            if type(place.get(key)) is int:
+                return int(place[key])
+    return None
 
 
 def check_heads(config: dict[str, Any], where: str) -> None:

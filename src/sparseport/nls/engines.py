@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sparseport.checkpoints.json_files import read_json
 from sparseport.errors import BadInput
+from sparseport.nls.adapters import no_switch
 from sparseport.verify.runs import OPENVINO_FULL_PRECISION, exact_level, open_onnx
 from sparseport.verify.sessions import F32, OpenVinoSession, Session
 
@@ -160,24 +161,30 @@ class SessionEngine:
         return scores
 
 
-def session_engine(folder: Path, precision: Precision = "default") -> SessionEngine:
-    """An exported folder in the runtime that it was exported for."""
-    session, settings = open_session(folder, precision)
+def session_engine(folder: Path, precision: Precision = "default", adapter: str | None = None) -> SessionEngine:
+    """An exported folder in the runtime that it was exported for; see `open_session`."""
+    session, settings = open_session(folder, precision, adapter=adapter)
     return SessionEngine(session, folder_length(folder), settings)
 
 
-def open_session(folder: Path, precision: Precision = "default", threads: int = 0) -> tuple[Session, dict[str, str]]:
+def open_session(
+    folder: Path, precision: Precision = "default", threads: int = 0, adapter: str | None = None
+) -> tuple[Session, dict[str, str]]:
     """An exported folder on the CPU, ready to read tokens, and what was set for it.
 
     Args:
         folder: an OpenVINO or ONNX folder.
         precision: see `Precision`.
         threads: threads to compute with; 0 leaves it to the runtime.
+        adapter: file of an adapter in the folder, to switch on.
 
     Raises:
         BadInput: it is neither.
+        Unsupported: an adapter for OpenVINO, which cannot switch it on without its GenAI.
     """
     if (folder / "openvino_model.xml").is_file():
+        if adapter is not None:
+            raise no_switch(folder, adapter)
         import openvino as ov
 
         settings = dict(OPENVINO_FULL_PRECISION) if precision == "full" else {}
@@ -191,7 +198,7 @@ def open_session(folder: Path, precision: Precision = "default", threads: int = 
         settings = {} if level is None else {"accuracy_level": str(level)}
         if threads:
             settings["intra_op_num_threads"] = str(threads)
-        return open_onnx(folder, level, threads), settings
+        return open_onnx(folder, level, threads, None if adapter is None else folder / adapter), settings
     raise BadInput("no exported folder", where=folder, expected="openvino_model.xml or model.onnx", code="E_MISSING")
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,6 +18,15 @@ from sparseport.nls.tasks.answers import cut
 
 MAX_NEW_TOKENS = 16
 _BATCH = 25
+# What the search section of genai_config.json, which comes from the model's generation_config.json, may say otherwise.
+_GREEDY = {
+    "do_sample": False,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "min_length": 0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}
 
 
 @torch.no_grad()
@@ -29,36 +39,54 @@ def answers_torch(
     max_new_tokens: int = MAX_NEW_TOKENS,
     stop: Sequence[str] = (),
 ) -> list[str]:
-    """Greedy answers of a torch model, one per item.
+    """Greedy answers of a torch model, one per item, whatever the model's own settings of generation say.
 
     Args:
-        model: a causal language model of transformers.
+        model: a causal language model of transformers, on any device.
         tokenizer: its tokenizer.
         items: prompts; those that are no chat are given as plain text.
         on_item: called once for each item, when its batch of 25 is done.
         max_new_tokens: tokens that an answer may have.
         stop: texts at which an answer ends; they are no part of it.
     """
+    from transformers import GenerationConfig
+
+    device = next(model.parameters()).device
+    ends = tokenizer.eos_token_id
+    # Without a token for filling, any other does: it is masked.
+    fill = next(token for token in (tokenizer.pad_token_id, ends, 0) if token is not None)
     answers: list[str] = []
     for start in range(0, len(items), _BATCH):
         rows = [encode_prompt(tokenizer, item) for item in items[start : start + _BATCH]]
         width = max(map(len, rows))
         # Padding on the left keeps every prompt next to what it generates.
-        ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows])
-        attention = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        out = model.generate(  # type: ignore[operator]
-            input_ids=ids,
-            attention_mask=attention,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            **({"stop_strings": list(stop), "tokenizer": tokenizer} if stop else {}),
-        )
+        ids = torch.tensor([[fill] * (width - len(row)) + row for row in rows], device=device)
+        attention = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+        with _own_settings(model, GenerationConfig()):
+            out = model.generate(  # type: ignore[operator]
+                input_ids=ids,
+                attention_mask=attention,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=fill,
+                eos_token_id=ends,
+                **({"stop_strings": list(stop), "tokenizer": tokenizer} if stop else {}),
+            )
         for row in out[:, width:]:
             answers.append(cut(tokenizer.decode(row, skip_special_tokens=True), stop))
             on_item()
     return answers
+
+
+@contextmanager
+def _own_settings(model: Any, settings: Any) -> Iterator[None]:
+    """Generation settings in place of the model's (generation_config.json), which fill up all that a call leaves."""
+    before = model.generation_config
+    model.generation_config = settings
+    try:
+        yield
+    finally:
+        model.generation_config = before
 
 
 def answers_openvino(
@@ -69,15 +97,21 @@ def answers_openvino(
     max_new_tokens: int = MAX_NEW_TOKENS,
     stop: Sequence[str] = (),
     settings: Mapping[str, str] = MappingProxyType({}),
+    adapter: str | None = None,
 ) -> list[str]:
     """Greedy answers of an exported folder, through `openvino_genai.LLMPipeline` as an application would use it.
 
-    `settings` are properties of the runtime, as in `verify.runs.OPENVINO_FULL_PRECISION`.
+    `settings` are properties of the runtime, as in `verify.runs.OPENVINO_FULL_PRECISION`; `adapter` is a file of the
+    folder to switch on.
     """
     import openvino_genai
 
-    pipeline = openvino_genai.LLMPipeline(str(folder), "CPU", **settings)
+    active = None if adapter is None else openvino_genai.AdapterConfig(openvino_genai.Adapter(str(folder / adapter)))
+    more = {} if active is None else {"adapters": active}
+    pipeline = openvino_genai.LLMPipeline(str(folder), "CPU", **more, **settings)
     config = openvino_genai.GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False)
+    if active is not None:
+        config.adapters = active
     config.stop_strings = set(stop)
     config.set_eos_token_id(pipeline.get_tokenizer().get_eos_token_id())
     answers = []
@@ -95,9 +129,11 @@ def answers_onnx(
     *,
     max_new_tokens: int = MAX_NEW_TOKENS,
     stop: Sequence[str] = (),
+    adapter: str | None = None,
 ) -> list[str]:
     """Greedy answers of an exported folder, through onnxruntime-genai as an application would use it.
 
+    `adapter` is a file of the folder to switch on.
     Only the tokens are turned into text by transformers: onnxruntime-genai's decoder stops at a byte that is no UTF-8.
     """
     import onnxruntime_genai
@@ -106,6 +142,9 @@ def answers_onnx(
 
     model = onnxruntime_genai.Model(str(folder))
     tokenizer, decoder = onnxruntime_genai.Tokenizer(model), load_tokenizer(folder)
+    adapters = onnxruntime_genai.Adapters(model)
+    if adapter is not None:
+        adapters.load(str(folder / adapter), adapter)
     answers = []
     for item in items:
         text = item.prompt
@@ -114,8 +153,10 @@ def answers_onnx(
             text = tokenizer.apply_chat_template(message, add_generation_prompt=True)
         prompt = tokenizer.encode(text)
         parameters = onnxruntime_genai.GeneratorParams(model)
-        parameters.set_search_options(max_length=len(prompt) + max_new_tokens, do_sample=False)
+        parameters.set_search_options(max_length=len(prompt) + max_new_tokens, **_GREEDY)
         generator = onnxruntime_genai.Generator(model, parameters)
+        if adapter is not None:
+            generator.set_active_adapter(adapters, adapter)
         generator.append_tokens(prompt)
         answer = ""
         while not generator.is_done() and not any(end in answer for end in stop):

@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 from torch import nn
 
+from sparseport.checkpoints.sub_config import in_whole_model, kept_blocks
 from sparseport.errors import BadInput, UsageError
+from sparseport.nls.adapters import active_adapter, no_switch
 from sparseport.nls.encoding import encode_prompt
 from sparseport.nls.engines import Engine, Precision, TorchEngine, folder_length, session_engine
 from sparseport.nls.evaluate import answers_onnx, answers_openvino, answers_torch
@@ -19,8 +21,10 @@ from sparseport.nls.tasks import Example, Split, Task
 from sparseport.nls.tasks.answers import judge
 from sparseport.progress import Progress, Step
 from sparseport.recipe import make_recipe
+from sparseport.targets.empty_model import read_settings
 from sparseport.targets.read_back import open_reader
 from sparseport.targets.tokenizer_files import load_tokenizer
+from sparseport.verify.branched import attach
 from sparseport.verify.numerics import reference_of
 from sparseport.verify.runs import OPENVINO_FULL_PRECISION
 
@@ -36,6 +40,7 @@ class Evaluation:
     engine     what computed it
     precision  `default` as applications run it, or `full`; torch always computes in float32
     settings   what was set for it
+    adapter    file of the adapter that was switched on; None for none
     task, split
     left_out   items of the task's files that are in no split: reason -> how many
     outcome    what came out, item by item
@@ -45,6 +50,7 @@ class Evaluation:
     engine: EngineName
     precision: Precision
     settings: Mapping[str, str]
+    adapter: str | None
     task: str
     split: Split
     left_out: Mapping[str, int]
@@ -65,6 +71,7 @@ class Evaluation:
             "engine": self.engine,
             "precision": self.precision,
             "settings": dict(self.settings),
+            "adapter": self.adapter,
             "task": self.task,
             "split": self.split,
             "items": len(records),
@@ -84,6 +91,7 @@ def evaluate(
     limit: int | None = None,
     engine: EngineName | None = None,
     precision: Precision = "default",
+    adapter: str | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Run a task on a model.
@@ -96,13 +104,17 @@ def evaluate(
         engine: None takes the runtime that a folder was exported for, and torch for a checkpoint. torch runs an
             exported folder too: the weights are read back from it and dequantised to float32.
         precision: for runtimes; see `sparseport.nls.engines.Precision`.
+        adapter: file of an adapter beside an exported base, to switch on, or `none`; None takes the one that is there.
         progress: where to report.
 
     Raises:
-        UsageError: the engine does not run what is there, the split is empty, or the limit is below 1.
+        UsageError: the engine does not run what is there, the split is empty, the limit is below 1, or the folder has
+            no such adapter, or several and none was chosen.
         BadInput: nothing to evaluate is there, or it is damaged.
+        Unsupported: the runtime cannot switch the adapter on for this task.
     """
     chosen = engine_of(path, engine)
+    active = adapter_for(path, task, chosen, adapter)
     items = task.examples(split)
     if limit is not None and limit < 1:
         raise UsageError("a limit is 1 or more", where="--limit", found=limit)
@@ -116,9 +128,9 @@ def evaluate(
     progress = progress or Progress("quiet")
     with progress.task(f"loading {path.name}"):
         tokenizer = load_tokenizer(path)
-        model = load_torch(path) if chosen == "torch" else None
+        model = load_torch(path, active) if chosen == "torch" else None
     if task.by_choice:
-        runner: Engine = session_engine(path, precision) if model is None else TorchEngine(model)
+        runner: Engine = session_engine(path, precision, active) if model is None else TorchEngine(model)
         settings = runner.settings
         with progress.task(f"choosing: {path.name}, {chosen}", len(items)) as step:
             outcome = score_choices(runner, tokenizer, task.choices[split][: len(items)], step)
@@ -126,16 +138,17 @@ def evaluate(
         _require_room(path, tokenizer, items, task.max_new_tokens)
         settings = OPENVINO_FULL_PRECISION if chosen == "openvino" and precision == "full" else {}
         with progress.task(f"answering: {path.name}, {chosen}", len(items)) as step:
-            outcome = _judged(task, items, _answers(path, chosen, settings, model, tokenizer, task, items, step))
-    return Evaluation(str(path), chosen, precision, settings, task.name, split, task.left_out, outcome)
+            answers = _answers(path, chosen, settings, active, model, tokenizer, task, items, step)
+            outcome = _judged(task, items, answers)
+    return Evaluation(str(path), chosen, precision, settings, active, task.name, split, task.left_out, outcome)
 
 
 def compare(runs: Sequence[Evaluation]) -> list[dict[str, Any]]:
     """`agreement` of the first run with each other one, by each metric.
 
     Returns:
-        One entry per other run: `path`, `engine`, `precision` of the two under `first` and `second`, and under
-        `metrics` metric -> agreement.
+        One entry per other run: `path`, `engine`, `precision`, `adapter` of the two under `first` and `second`, and
+        under `metrics` metric -> agreement.
 
     Raises:
         BadInput: the runs are not of the same items.
@@ -143,7 +156,7 @@ def compare(runs: Sequence[Evaluation]) -> list[dict[str, Any]]:
     compared = []
     for other in runs[1:]:
         sides = {
-            side: {"path": run.path, "engine": run.engine, "precision": run.precision}
+            side: {"path": run.path, "engine": run.engine, "precision": run.precision, "adapter": run.adapter}
             for side, run in (("first", runs[0]), ("second", other))
         }
         metrics = {name: agreement(runs[0].outcome, other.outcome, name) for name in other.outcome.right}
@@ -177,8 +190,25 @@ def engine_of(path: Path, engine: EngineName | None = None) -> EngineName:
     return engine
 
 
-def load_torch(path: Path) -> nn.Module:
+def adapter_for(path: Path, task: Task, engine: EngineName, adapter: str | None = None) -> str | None:
+    """The file of the adapter that is active in a run; see `sparseport.nls.adapters.active_adapter`.
+
+    Raises:
+        UsageError: the folder has no such adapter, or several and none was chosen.
+        Unsupported: the engine cannot switch it on for this task.
+    """
+    active = active_adapter(path, adapter)
+    if active is not None and engine == "openvino" and task.by_choice:
+        raise no_switch(path, active)
+    return active
+
+
+def load_torch(path: Path, adapter: str | None = None) -> nn.Module:
     """The float32 model of a checkpoint folder in any format that exports, or of what an exported folder holds.
+
+    Args:
+        path: the folder.
+        adapter: file of an adapter beside an exported base; its branches are put beside the layers.
 
     Raises:
         BadInput, Unsupported: the checkpoint cannot be read, or not exactly.
@@ -186,7 +216,11 @@ def load_torch(path: Path) -> nn.Module:
     """
     for name, file in _MODELS.items():
         if (path / file).is_file():
-            model: nn.Module = reference_of(path, open_reader(name, path))
+            graph = open_reader(name, path)
+            model: nn.Module = reference_of(path, graph)
+            blocks = kept_blocks(read_settings(path / "config.json"))
+            for beside in [] if adapter is None else graph.adapter(adapter):
+                attach(model, in_whole_model(beside.module, blocks), beside.branch)
             return model
     return load_merged(make_recipe({"base": path, "output": path / "never-written"}, where=str(path)))
 
@@ -195,6 +229,7 @@ def _answers(
     path: Path,
     engine: EngineName,
     settings: Mapping[str, str],
+    adapter: str | None,
     model: nn.Module | None,
     tokenizer: Any,
     task: Task,
@@ -203,9 +238,9 @@ def _answers(
 ) -> list[str]:
     length, stop = task.max_new_tokens, task.stop
     if engine == "openvino":
-        return answers_openvino(path, items, step, max_new_tokens=length, stop=stop, settings=settings)
+        return answers_openvino(path, items, step, max_new_tokens=length, stop=stop, settings=settings, adapter=adapter)
     if engine == "onnx":
-        return answers_onnx(path, items, step, max_new_tokens=length, stop=stop)
+        return answers_onnx(path, items, step, max_new_tokens=length, stop=stop, adapter=adapter)
     assert model is not None
     return answers_torch(model, tokenizer, items, step, max_new_tokens=length, stop=stop)
 

@@ -7,6 +7,8 @@ slows all of them; figures are medians with their range, and ratios are taken wi
 
 from __future__ import annotations
 
+import os
+import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -18,11 +20,24 @@ import numpy as np
 
 from sparseport.checkpoints.json_files import read_json
 from sparseport.errors import UsageError
+from sparseport.nls.adapters import active_adapter
 from sparseport.nls.engines import Precision, longest_input, open_session
 from sparseport.verify.sessions import Session
 
 # Ids below are most often special tokens.
 _FIRST_TOKEN = 10
+
+
+def machine() -> dict[str, Any]:
+    """What decides on this machine how long a model takes: the processor's name, and how many cores may be used."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    usable = getattr(os, "sched_getaffinity", None)  # not on every system
+    return {
+        "processor": names[0] if names else platform.processor() or platform.machine(),
+        "cores": os.cpu_count() if usable is None else len(usable(0)),
+    }
 
 
 @dataclass(frozen=True)
@@ -31,6 +46,7 @@ class _Runner:
     session: Session
     settings: dict[str, str]
     vocabulary: int
+    adapter: str | None
 
 
 def measure_latency(
@@ -42,6 +58,7 @@ def measure_latency(
     warm_up: int = 1,
     threads: int = 0,
     precision: Precision = "default",
+    adapter: str | None = None,
     clock: Callable[[], float] = time.perf_counter,
     on_step: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
@@ -55,18 +72,20 @@ def measure_latency(
         warm_up: rounds before those, which do not count.
         threads: threads for each runtime; 0 leaves it to them.
         precision: see `sparseport.nls.engines.Precision`.
+        adapter: file of an adapter, to switch on in each folder, or `none`; None takes the one that a folder has.
         clock: seconds.
         on_step: called after each prefill with its decoding.
 
     Returns:
-        What was asked for, and `folders`: for each `path`, `settings`, and under `prefill_ms` and `decode_ms` (per
-        token) one entry per prompt length (as text) with `median`, `min`, `max`, `samples` in milliseconds and
-        `ratio`, the median over the rounds of this folder's time by the first folder's.
+        What was asked for, and `folders`: for each `path`, `adapter` (its file, None for none), `settings`, and under
+        `prefill_ms` and `decode_ms` (per token) one entry per prompt length (as text) with `median`, `min`, `max`,
+        `samples` in milliseconds and `ratio`, the median over the rounds of this folder's time by the first folder's.
 
     Raises:
-        UsageError: a count below 1 (`warm_up` and `threads`: below 0), no folder or prompt, or prompts that are too
-            long for a model.
+        UsageError: a count below 1 (`warm_up` and `threads`: below 0), no folder or prompt, prompts that are too
+            long for a model, or an adapter that a folder does not have.
         BadInput: a folder is no exported one.
+        Unsupported: an OpenVINO folder with an adapter in a file: export it with the branches in the graph.
     """
     asked = {"prompts": list(prompts), "decode_tokens": decode_tokens, "rounds": rounds, "warm_up": warm_up}
     counts = [*prompts, decode_tokens, rounds]
@@ -81,7 +100,8 @@ def measure_latency(
                 expected=f"at most {longest}",
                 found=max(prompts) + decode_tokens,
             )
-    runners = [_open(folder, precision, threads) for folder in folders]
+    adapters = [active_adapter(folder, adapter) for folder in folders]
+    runners = [_open(folder, precision, threads, file) for folder, file in zip(folders, adapters, strict=True)]
     prefill: dict[tuple[int, int], list[float]] = {(n, p): [] for n in range(len(runners)) for p in prompts}
     decode: dict[tuple[int, int], list[float]] = {key: [] for key in prefill}
     random = np.random.default_rng(0)
@@ -101,6 +121,7 @@ def measure_latency(
         "folders": [
             {
                 "path": str(runner.path),
+                "adapter": runner.adapter,
                 "settings": runner.settings,
                 **{
                     name: {str(p): _summary(samples[index, p], samples[0, p]) for p in prompts}
@@ -112,10 +133,10 @@ def measure_latency(
     }
 
 
-def _open(folder: Path, precision: Precision, threads: int) -> _Runner:
-    session, settings = open_session(folder, precision, threads)
+def _open(folder: Path, precision: Precision, threads: int, adapter: str | None) -> _Runner:
+    session, settings = open_session(folder, precision, threads, adapter)
     vocabulary = int(read_json(folder / "config.json", what="config.json")["vocab_size"])
-    return _Runner(folder, session, settings, vocabulary)
+    return _Runner(folder, session, settings, vocabulary, adapter)
 
 
 def _run(session: Session, tokens: list[int], prompt: int, clock: Callable[[], float]) -> tuple[float, float]:

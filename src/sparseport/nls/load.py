@@ -13,7 +13,7 @@ from torch import nn
 from sparseport.checkpoints.detect import open_linears
 from sparseport.checkpoints.dialect import StoredLinears
 from sparseport.checkpoints.folder import ModelFolder
-from sparseport.checkpoints.peft import AdapterFolder
+from sparseport.checkpoints.peft import CONFIG, AdapterFolder
 from sparseport.errors import BadInput
 from sparseport.nls.activation import make_elastic, require_runnable
 from sparseport.nls.elastic import ElasticLinear, elastic_layers
@@ -87,15 +87,31 @@ def load_for_training(base: Path, recipe: FinetuneRecipe, quantized: Path | None
     return model
 
 
+def check_adapter(folder: Path, method: str) -> None:
+    """Check that a saved super-adapter was trained with a method's mask and grid; only its config is read.
+
+    Raises:
+        BadInput: it was trained for another kind of merge, or the folder is no adapter.
+    """
+    with AdapterFolder.open(folder) as adapter:
+        _require_forward(adapter, masked=method in MASKED, rounded=method == "qa_sparse_peft")
+
+
 @torch.no_grad()
 def restore_adapter(model: nn.Module, folder: Path) -> None:
     """Put a saved super-adapter's weights into a model that `load_for_training` made with the same recipe.
 
     Raises:
-        BadInput: the adapter has other modules, ranks or another scaling than the model.
+        BadInput: the adapter has other modules, ranks or another scaling than the model, or ran in training with a
+            mask or a grid that the model does not have, or without one that it has.
     """
     with AdapterFolder.open(folder) as adapter:
         layers = dict(elastic_layers(model))
+        _require_forward(
+            adapter,
+            masked=any(layer.mask is not None for layer in layers.values()),
+            rounded=any(layer.grid is not None for layer in layers.values()),
+        )
         if sorted(adapter.modules()) != sorted(layers):
             raise BadInput(
                 "the adapter does not have the modules that the recipe adapts",
@@ -127,6 +143,23 @@ def restore_adapter(model: nn.Module, folder: Path) -> None:
                 )
             layer.a.copy_(torch.from_numpy(np.array(branch.a, np.float32)))
             layer.b.copy_(torch.from_numpy(np.array(branch.b, np.float32)))
+
+
+def _require_forward(adapter: AdapterFolder, *, masked: bool, rounded: bool) -> None:
+    """Refuse an adapter whose training forward was another than the one it is put into."""
+    for flag, found, wanted in (
+        ("sparse_adapter", adapter.sparse_adapter, masked),
+        ("quantization_aware", adapter.quantization_aware, rounded),
+    ):
+        if found != wanted:
+            raise BadInput(
+                "the adapter was trained with another method than the recipe's",
+                where=f"{adapter.path / CONFIG}, {flag}",
+                expected=str(wanted).lower(),
+                found=str(found).lower(),
+                fix="give the recipe that the adapter was trained with",
+                code="E_PAIRING",
+            )
 
 
 def sketch(folder: Path) -> nn.Module:

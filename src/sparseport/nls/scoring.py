@@ -16,10 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from sparseport.errors import BadInput
+from sparseport.errors import BadInput, UsageError
 from sparseport.nls.encoding import encode_pair
 from sparseport.nls.engines import Engine, Group
-from sparseport.nls.tasks import MultipleChoice
+from sparseport.nls.tasks import MultipleChoice, Task
+from sparseport.nls.tasks.answers import judge
+from sparseport.search_recipe import SearchRecipe
+
+# Of choices; the last one counts.
+_OF_CHOICES = ("acc", "acc_norm")
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,26 @@ class Outcome:
     def metrics(self) -> dict[str, dict[str, float | None]]:
         """Metric -> `value`, the share that is right, and `stderr`."""
         return {name: {"value": mean(right), "stderr": stderr(right)} for name, right in self.right.items()}
+
+
+def check_metric(task: Task, search: SearchRecipe) -> str:
+    """The metric that a search takes for the accuracy: the recipe's, or else the one that counts for the task.
+
+    That is `acc_norm` for choices and the first metric of the rule for written answers (see `judge`).
+
+    Raises:
+        UsageError: the task has no such metric.
+    """
+    names = _OF_CHOICES if task.by_choice else tuple(judge(task.rule, [], []))
+    metric = search.metric or names[-1 if task.by_choice else 0]
+    if metric not in names:
+        raise UsageError(
+            "the task has no such metric",
+            where=f"search.metric, task {task.name}",
+            expected=" or ".join(names),
+            found=metric,
+        )
+    return metric
 
 
 def score_choices(

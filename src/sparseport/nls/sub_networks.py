@@ -11,31 +11,39 @@ import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from sparseport import __version__
 from sparseport.checkpoints.elastic import SearchSpace, Selection, open_search_space, select
 from sparseport.checkpoints.folder import ModelFolder
-from sparseport.checkpoints.paths import file_sha256
+from sparseport.checkpoints.layers import layer_count
 from sparseport.checkpoints.peft import AdapterFolder
 from sparseport.errors import BadInput, UsageError
-from sparseport.merge.subnetwork import SubNetwork, sub_network
+from sparseport.extras import require_packages
+from sparseport.merge.subnetwork import sub_network
 from sparseport.nls.activation import activate
 from sparseport.nls.cost import Architecture, architecture_of, macs, parameters
 from sparseport.nls.engines import TorchEngine
 from sparseport.nls.evaluate import answers_torch
-from sparseport.nls.latency import measure_latency
-from sparseport.nls.load import load_for_training, restore_adapter
-from sparseport.nls.scoring import mean, score_choices
+from sparseport.nls.latency import machine, measure_latency
+from sparseport.nls.load import check_adapter, load_for_training, restore_adapter
+from sparseport.nls.scoring import check_metric, mean, score_choices
 from sparseport.nls.search.candidates import Candidate
+from sparseport.nls.search.objectives import ACCURACY
 from sparseport.nls.tasks import Example, MultipleChoice, Task, load_task
 from sparseport.nls.tasks.answers import judge
+from sparseport.nls.team import Team
 from sparseport.recipe import FinetuneRecipe, Recipe
 from sparseport.search_recipe import SearchRecipe
 
 # Methods whose adapter stays beside the base, and adds to its cost.
 UNMERGED = ("shears", "sqft")
+# Distributions that make and run an exported graph, by target.
+_RUNTIMES = {"openvino": ("openvino", "optimum-intel"), "onnx": ("onnxruntime", "onnxruntime-genai")}
+# Of a measured latency: as many as the runtime chooses.
+_THREADS = 0
 
 
 @dataclass(frozen=True)
@@ -74,35 +82,81 @@ class SubNetworkEvaluator:
                 "the adapter has no search space", where=self.adapter, fix="train with nls: true", code="E_ELASTIC"
             )
         with ModelFolder.open(self.base) as base:
-            layers = base.config.get("num_hidden_layers")
-        return open_search_space(file, layers=layers if isinstance(layers, int) else None)
+            return open_search_space(file, layers=layer_count(base.config))
+
+    def check(self) -> None:
+        """Refuse what would fail later; config files and headers are read, no weights.
+
+        Raises:
+            BadInput: there is no search space, or the adapter was not trained with the recipe's method.
+            UsageError: the task has no items to measure on or no such metric, or a latency has no export recipe.
+            Unsupported: the shapes of this architecture, which the costs are counted on, cannot be told.
+            EnvironmentProblem: packages of the target whose latency is measured are missing.
+        """
+        task = load_task(self.finetune.task, self.finetune.data)
+        check_metric(task, self.search)
+        _items(task, self.search)
+        check_adapter(self.adapter, self.finetune.method)
+        self.space()
+        if self._costs():
+            self.architecture()
+        if "latency" in self.search.objectives:
+            require_packages(self.measured_export().target)
+
+    def architecture(self) -> Architecture | None:
+        """The shapes of the whole model, None if no objective counts on them.
+
+        Raises:
+            Unsupported: they cannot be told for this architecture.
+        """
+        if not self._costs():
+            return None
+        with ModelFolder.open(self.base) as base:
+            return architecture_of(base)
 
     def digest(self) -> str:
-        """SHA-256 of everything that decides what an evaluation yields: weights, data, settings, version."""
-        folders = [folder for folder in (self.base, self.quantized, self.adapter) if folder is not None]
-        files = [
-            {
-                path.name: file_sha256(path)
-                for path in sorted(folder.iterdir())
-                if path.suffix in (".safetensors", ".json")
-            }
-            for folder in folders
-        ]
-        task = _items(load_task(self.finetune.task, self.finetune.data), self.search)
-        recipe = self.finetune.model_dump(mode="json", exclude={"data"})
+        """SHA-256 of everything that decides what an evaluation yields.
+
+        That is the content of the folders (weights, configs, tokenizer, search space), the items and how they are
+        judged, the recipes, and the versions of what computes; for a latency the machine and the runtime as well.
+        """
+        with ModelFolder.open(self.base) as base, AdapterFolder.open(self.adapter) as adapter:
+            files = [base.sha256(), adapter.sha256()]
+        if self.quantized is not None:
+            with ModelFolder.open(self.quantized) as quantized:
+                files.append(quantized.sha256())
+        task = load_task(self.finetune.task, self.finetune.data)
         content = {
-            "version": __version__,
             "files": files,
-            "finetune": recipe,
-            "items": hashlib.sha256(repr(task).encode()).hexdigest(),
-            "metric": self.search.metric,
+            "finetune": self.finetune.model_dump(mode="json", exclude={"data", "task", "test_items"}),
+            "items": hashlib.sha256(repr(_items(task, self.search)).encode()).hexdigest(),
+            "answers": [task.rule, task.max_new_tokens, list(task.stop)],
+            "metric": check_metric(task, self.search),
             "objectives": list(self.search.objectives),
             "tokens": self.search.tokens,
+            "versions": {"sparseport": __version__, **_versions(("torch", "transformers"))},
         }
-        if self.export is not None and "latency" in self.search.objectives:
-            paths = {"base", "sparse_base", "adapter", "output", "search_space", "sub_adapter"}
-            content["export"] = self.export.model_dump(mode="json", exclude=paths)
+        if "latency" in self.search.objectives:
+            recipe = self.measured_export()
+            places = {"base", "sparse_base", "adapter", "output", "search_space", "sub_adapter"}
+            content["export"] = recipe.model_dump(mode="json", exclude=places)
+            content["machine"] = {**machine(), "threads": _THREADS, **_versions(_RUNTIMES[recipe.target[0]])}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def measured_export(self) -> Recipe:
+        """The export whose latency is measured: un-merged branches stand in the graph, where their rank costs time.
+
+        Raises:
+            UsageError: there is no export recipe.
+        """
+        if self.export is None:
+            raise UsageError("a latency is measured on an export; the search needs an export recipe")
+        branches = "graph" if self.finetune.method in UNMERGED else self.export.branches
+        update = {"branches": branches, "target": self.export.target[:1], "tokenizer": False, "numerics": False}
+        return self.export.model_copy(update=update)
+
+    def _costs(self) -> bool:
+        return self.search.objectives != (ACCURACY,)
 
 
 @dataclass
@@ -116,18 +170,18 @@ class Evaluator:
         from transformers import AutoTokenizer
 
         setup = self.setup
-        if "latency" in setup.search.objectives and setup.export is None:
-            raise UsageError("a latency is measured on an export; the search needs an export recipe")
+        setup.check()
         self._space = setup.space()
         self._task = load_task(setup.finetune.task, setup.finetune.data)
         self._items = _items(self._task, setup.search)
+        self._metric = check_metric(self._task, setup.search)
+        self._architecture = setup.architecture()
+        with ModelFolder.open(setup.base) as base:
+            self._config = base.config
         self._tokenizer: Any = AutoTokenizer.from_pretrained(setup.quantized or setup.base)
         self._model = load_for_training(setup.base, setup.finetune, setup.quantized)
         restore_adapter(self._model, setup.adapter)
-        self._model.eval()
-        with ModelFolder.open(setup.base) as base:
-            self._architecture = architecture_of(base)
-            self._config = base.config
+        self._model.eval().to(Team().device)
 
     def __call__(self, candidate: Candidate) -> Mapping[str, float]:
         """Objective -> value: accuracy 0..1, MACs per token (see `cost`), parameters, latency in seconds a token."""
@@ -140,7 +194,9 @@ class Evaluator:
                 values["accuracy"] = self._accuracy()
             finally:
                 activate(self._model, self._space, Selection())
-        small = self.architecture(selection)
+        if self._architecture is None:
+            return values
+        small = self._shapes(self._architecture, selection)
         if "macs" in objectives:
             tokens = self.setup.search.tokens
             values["macs"] = macs(small, tokens, predicted=1).total / tokens
@@ -150,11 +206,9 @@ class Evaluator:
             values["latency"] = self._latency(candidate, small)
         return values
 
-    def architecture(self, selection: Selection) -> Architecture:
+    def _shapes(self, whole: Architecture, selection: Selection) -> Architecture:
         """The shapes of a sub-network, its adapters beside it where they are not merged."""
-        shapes = dict(self._architecture.linears)
-        cut: SubNetwork | None = sub_network(selection, shapes, self._config, str(self.setup.base))
-        whole = self._architecture
+        cut = sub_network(selection, dict(whole.linears), self._config, str(self.setup.base))
         if self.setup.finetune.method in UNMERGED:
             with AdapterFolder.open(self.setup.adapter) as adapter:
                 whole = whole.with_branches({**adapter.ranks(), **selection.ranks})
@@ -174,10 +228,7 @@ class Evaluator:
                 stop=self._task.stop,
             )
             right = judge(self._task.rule, answers, [item.answer for item in examples])
-        metric = self.setup.search.metric or list(right)[-1]
-        if metric not in right:
-            raise UsageError("the task has no such metric", where=metric, expected=", ".join(right))
-        return mean(right[metric])
+        return mean(right[self._metric])
 
     def _latency(self, candidate: Candidate, shapes: Architecture) -> float:
         """Seconds a token of the exported sub-network; sub-networks of the same shapes share one measurement."""
@@ -185,23 +236,20 @@ class Evaluator:
 
         key = repr((sorted(shapes.linears.items()), sorted(shapes.branches.items())))
         if key not in self._latencies:
-            assert self.setup.export is not None
             with tempfile.TemporaryDirectory(prefix="sparseport-latency-") as name:
                 chosen = Path(name) / "sizes.json"
                 chosen.write_text(json.dumps(list(candidate)), encoding="utf-8")
-                update = {
-                    "sub_adapter": str(chosen),
-                    "output": Path(name) / "out",
-                    "tokenizer": False,
-                    "numerics": False,
-                }
-                recipe = self.setup.export.model_copy(update=update)
+                update = {"sub_adapter": str(chosen), "output": Path(name) / "out"}
+                recipe = self.setup.measured_export().model_copy(update=update)
                 export(recipe)
-                folder = recipe.folder_of(recipe.target[0], recipe.output)
                 tokens = self.setup.search.tokens
-                measured = measure_latency([folder], prompts=(tokens,))["folders"][0]
+                measured = measure_latency([recipe.output], prompts=(tokens,), threads=_THREADS)["folders"][0]
                 self._latencies[key] = float(measured["decode_ms"][str(tokens)]["median"]) / 1e3
         return self._latencies[key]
+
+
+def _versions(packages: tuple[str, ...]) -> dict[str, str]:
+    return {name: version(name) for name in packages}
 
 
 def _items(task: Task, search: SearchRecipe) -> tuple[Example, ...] | tuple[MultipleChoice, ...]:

@@ -42,6 +42,13 @@ def add_evaluate(verb: argparse.ArgumentParser) -> None:
         default="default",
         help="runtimes as applications get them (default), or in float32 with nothing quantised on the way",
     )
+    verb.add_argument(
+        "--adapter",
+        action="append",
+        metavar="FILE",
+        help="which adapter of a folder exported with --branches adapter is switched on, or none for the base alone: "
+        "once for all paths, or once for each (default: the one that is there)",
+    )
     verb.set_defaults(run=run_evaluate, interrupted="nothing was written")
 
 
@@ -65,19 +72,22 @@ def run_evaluate(options: argparse.Namespace) -> int:
 
 
 def _evaluated(options: argparse.Namespace) -> dict[str, Any]:
-    engines = options.engine or [None]
-    if len(engines) not in (1, len(options.paths)):
-        raise UsageError(
-            "--engine is given once for all paths, or once for each", expected=len(options.paths), found=len(engines)
-        )
+    engines, adapters = options.engine or [None], options.adapter or [None]
+    for name, given in (("--engine", engines), ("--adapter", adapters)):
+        if len(given) not in (1, len(options.paths)):
+            raise UsageError(
+                f"{name} is given once for all paths, or once for each", expected=len(options.paths), found=len(given)
+            )
     # After the options were checked: this loads torch.
-    from sparseport.nls.evaluation import compare, engine_of, evaluate
+    from sparseport.nls.evaluation import adapter_for, compare, engine_of, evaluate
     from sparseport.nls.tasks import load_task
 
-    pairs = list(zip(options.paths, engines * len(options.paths), strict=False))
-    for path, engine in pairs:
-        engine_of(path, engine)  # every path is looked at before the first is run
+    count = len(options.paths)
+    asked = list(zip(options.paths, engines * count, adapters * count, strict=False))
+    engines_found = [engine_of(path, engine) for path, engine, _ in asked]
     task = load_task(options.task, options.data)
+    for (path, _, adapter), engine in zip(asked, engines_found, strict=True):
+        adapter_for(path, task, engine, adapter)  # every path is looked at before the first is run
     progress = Progress("quiet" if options.quiet else "auto")
     runs = [
         evaluate(
@@ -87,9 +97,10 @@ def _evaluated(options: argparse.Namespace) -> dict[str, Any]:
             limit=options.limit,
             engine=engine,
             precision=options.precision,
+            adapter=adapter,
             progress=progress,
         )
-        for path, engine in pairs
+        for path, engine, adapter in asked
     ]
     return {"runs": [run.as_dict() for run in runs], "agreement": compare(runs)}
 
@@ -114,21 +125,28 @@ def show_evaluations(result: dict[str, Any]) -> None:
     )
     for run in runs:
         engine = run["engine"] + (" (full precision)" if run["precision"] == "full" else "")
-        table.add_row(printable(run["path"]), engine, *(_share(run["metrics"][name]) for name in metrics))
+        table.add_row(_name(run), engine, *(_share(run["metrics"][name]) for name in metrics))
     console.print(table)
     for run in runs:
         if run["truncated"]:
-            console.print(f"{printable(run['path'])}: {run['truncated']} prompts lost their beginning")
+            console.print(f"{_name(run)}: {run['truncated']} prompts lost their beginning")
     for pair in result["agreement"]:
         for name, found in pair["metrics"].items():
             difference = found["max_loglikelihood_difference"]
             console.print(
-                f"{printable(pair['second']['path'])} ({pair['second']['engine']}) against the first, {name}: "
+                f"{_name(pair['second'])} ({pair['second']['engine']}) against the first, {name}: "
                 f"{found['same']:.1%} equal answers, {found['lost']} lost, {found['gained']} gained, "
                 f"McNemar p {found['p_value']:.2g}"
                 + ("" if difference is None else f", log-likelihoods differ by at most {difference:.2g}"),
                 soft_wrap=True,
             )
+
+
+def _name(run: dict[str, Any]) -> str:
+    """The path, and the adapter that was switched on."""
+    from sparseport.show import printable
+
+    return printable(run["path"] if run["adapter"] is None else f"{run['path']} with {run['adapter']}")
 
 
 def _share(metric: dict[str, float | None]) -> str:

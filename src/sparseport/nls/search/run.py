@@ -93,16 +93,7 @@ def search(
     objectives = tuple(OBJECTIVES[name] for name in recipe.objectives)
     marks = named_candidates(sizes)
     begin = _begin(groups, recipe, marks, record, seeds or {})
-    identity = RunIdentity(
-        groups,
-        evaluation_digest,
-        objectives,
-        {
-            "name": recipe.strategy,
-            **{name: getattr(recipe, name) for name in _STEERING[recipe.strategy]},
-            "seeds": {name: list(candidate) for name, candidate in begin.items()},
-        },
-    )
+    identity = _identity(groups, recipe, evaluation_digest, begin)
     progress = progress or Progress("quiet")
     with (
         open_journal(journal_path, identity) as journal,
@@ -136,6 +127,38 @@ def search(
             journal_sha256=journal.sha256(),
             seconds=sum(evaluation.seconds for evaluation in evaluations),
         )
+
+
+def identity_of(
+    groups: Sequence[Group],
+    recipe: SearchRecipe,
+    *,
+    evaluation_digest: str,
+    record: Sequence[Sample] | None = None,
+    seeds: Mapping[str, Candidate] | None = None,
+) -> RunIdentity:
+    """What makes the search that `search` would make of these arguments the one that it is, without making it.
+
+    Raises:
+        BadInput, UsageError: see `search`.
+    """
+    begin = _begin(groups, recipe, named_candidates(sizes_of(groups)), record, seeds or {})
+    return _identity(groups, recipe, evaluation_digest, begin)
+
+
+def _identity(
+    groups: Sequence[Group], recipe: SearchRecipe, evaluation_digest: str, begin: Mapping[str, Candidate]
+) -> RunIdentity:
+    return RunIdentity(
+        groups,
+        evaluation_digest,
+        tuple(OBJECTIVES[name] for name in recipe.objectives),
+        {
+            "name": recipe.strategy,
+            **{name: getattr(recipe, name) for name in _STEERING[recipe.strategy]},
+            "seeds": {name: list(candidate) for name, candidate in begin.items()},
+        },
+    )
 
 
 def _begin(

@@ -20,6 +20,9 @@ Split = Literal["train", "validation", "test"]
 AnswerRule = Literal["exact", "number", "gsm8k"]
 """How a written answer is judged; see `sparseport.nls.tasks.answers`."""
 
+# Split of a task file -> why items of it are left out; the later ones keep what they ask.
+_LATER = {"test": "", "validation": "the test asks the same", "train": "validation or test asks the same"}
+
 
 @dataclass(frozen=True)
 class Example:
@@ -96,7 +99,8 @@ def load_task(name: str, data: Path | None = None) -> Task:
     """A task that ships with the package, one made from a folder of data sets, or one from a JSONL file.
 
     A task file has one object a line: `prompt`, `answer`, `split` (train, validation or test), and optionally `form`
-    (chat, text or continuation).
+    (chat, text or continuation). Items of validation whose question test asks too, and items of train that
+    either asks, are left out and counted, as those of data sets are.
 
     Args:
         name: `home-commands`; one of `DATA_TASKS`; or the path of a task file.
@@ -135,14 +139,29 @@ def _known() -> str:
 
 
 def _from_file(path: Path) -> Task:
-    from sparseport.nls.tasks.data_sets import read_lines
+    from sparseport.nls.tasks.data_sets import question_key, read_lines
 
     splits: dict[str, list[Example]] = {"train": [], "validation": [], "test": []}
     for line in read_lines(path, "prompt, answer and split (train, validation or test)"):
         form: Any = line.one_of("form", ("chat", "text", "continuation"), default="chat")
         prompt, answer = line.text("prompt", numbers=True), line.text("answer", numbers=True)
         splits[line.one_of("split", tuple(splits))].append(Example(prompt, answer, form))
-    for split, items in splits.items():
+    left_out: dict[str, int] = {}
+    asked: set[bytes] = set()
+    for split, reason in _LATER.items():
+        items = splits[split]
         if not items:
             raise BadInput("a split of the task is empty", where=path, found=split)
-    return Task(path.stem, tuple(splits["train"]), tuple(splits["validation"]), tuple(splits["test"]))
+        splits[split] = [item for item in items if question_key(item.prompt) not in asked]
+        if not splits[split]:
+            raise BadInput(
+                f"every question of {split} is asked in a split that is for measuring",
+                where=path,
+                fix="give each question to one split only",
+            )
+        if dropped := len(items) - len(splits[split]):
+            left_out[reason] = dropped
+        asked |= {question_key(item.prompt) for item in items}
+    return Task(
+        path.stem, tuple(splits["train"]), tuple(splits["validation"]), tuple(splits["test"]), left_out=left_out
+    )

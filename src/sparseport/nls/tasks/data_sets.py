@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +19,7 @@ Item = TypeVar("Item")
 # Every fifth question of the training file, and not more than these, is for choosing between models.
 VALIDATION_SHARE = 5
 VALIDATION_ITEMS = 500
+_THOUSANDS = re.compile(r"(?<=\d)\s?,\s?(?=\d{3}(?!\d))")
 
 
 @dataclass(frozen=True)
@@ -92,8 +96,8 @@ def split_off_validation(
 ) -> tuple[list[Item], list[Item], int]:
     """Training items without the questions of the test, in two parts that share no question either.
 
-    Questions are compared without regard to case and white space. Which of them go to validation follows the SHA-256
-    of the question, so it depends on no random generator and on no order of the file.
+    Questions are the same if their `question_key` is. Which of them go to validation follows that key, so it depends
+    on no random generator and on no order of the file.
 
     Args:
         train: items of the training file.
@@ -104,13 +108,35 @@ def split_off_validation(
         Training items in the order of the file, validation items in the order of their hashes, and how many items were
         dropped because the test asks the same.
     """
-    asked = {_key(question(item)) for item in test}
-    clean = [item for item in train if _key(question(item)) not in asked]
-    order = sorted({_key(question(item)) for item in clean})
+    asked = {question_key(question(item)) for item in test}
+    keyed = [(question_key(question(item)), item) for item in train]
+    clean = [(key, item) for key, item in keyed if key not in asked]
+    order = sorted({key for key, _ in clean})
     chosen = set(order[: min(VALIDATION_ITEMS, len(order) // VALIDATION_SHARE)])
-    validation = sorted((item for item in clean if _key(question(item)) in chosen), key=lambda x: _key(question(x)))
-    return [item for item in clean if _key(question(item)) not in chosen], validation, len(train) - len(clean)
+    validation = sorted((pair for pair in clean if pair[0] in chosen), key=lambda pair: pair[0])
+    kept = [item for key, item in clean if key not in chosen]
+    return kept, [item for _, item in validation], len(train) - len(clean)
 
 
-def _key(question: str) -> bytes:
-    return hashlib.sha256(" ".join(question.split()).casefold().encode("utf-8")).digest()
+def question_key(question: str) -> bytes:
+    """SHA-256 of what makes a question this one: its letters and digits, without regard to case.
+
+    Data sets spell one question in several ways: with blanks before full stops or without, with other quotes. What
+    stands between two digits counts as well, but for blanks, so that 1.5 is not 15, nor 2+3 the same as 2-3; commas of
+    thousands do not count.
+    """
+    text = _THOUSANDS.sub("", unicodedata.normalize("NFKC", question).casefold())
+    parts = ["".join(run) for _, run in groupby(text, _spells)]
+    kept = ""
+    for part, after in zip(parts, [*parts[1:], ""], strict=True):
+        if _spells(part[0]):
+            kept += part
+        elif kept[-1:].isdigit() and after[:1].isdigit():
+            kept += "".join(part.split()) or " "
+    # A question without a single letter or digit is known by its signs.
+    return hashlib.sha256((kept or " ".join(text.split())).encode("utf-8")).digest()
+
+
+def _spells(character: str) -> bool:
+    """Whether it is a letter, a digit, or a mark on one (the vowels of Devanagari are marks)."""
+    return unicodedata.category(character)[0] in "LNM"
