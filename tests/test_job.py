@@ -113,6 +113,17 @@ def test_a_task_file_is_known_by_name_and_content(tmp_path: Path) -> None:
     assert task_facts("arc-easy", tmp_path) != data
 
 
+def test_choices_cannot_be_scored_with_an_adapter_in_a_file(tiny_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "mc").mkdir()
+    for split in ("train", "test"):
+        lines = [{"id": n, "question": f"{split} question {n}?", "choices": ["a", "b"], "gold": 0} for n in range(8)]
+        (tmp_path / "mc" / f"arc_easy.{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    finetune = {"method": "shears", "task": "arc-easy", "data": str(tmp_path)}
+    export = {"target": ["openvino"], "branches": "adapter"}
+    with pytest.raises(UsageError, match="score the choices"):
+        run_job(job_file(tmp_path, finetune=finetune, sparsify={}, export=export), tmp_path / "work", base=tiny_base)
+
+
 LORA = {"method": "lora"}
 FIXED = {"method": "lora", "nls": False, "search_space": [8]}
 

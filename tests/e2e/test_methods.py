@@ -100,6 +100,10 @@ def test_finished_steps_are_kept(tiny_base: Path, tmp_path: Path, task: str) -> 
     assert again["steps_seconds"] == {} and again["search"] == first["search"]
     assert set(more["steps_seconds"]) == {"search", "exported", "measure"}
     assert len(list(work.glob("search-*.jsonl"))) == 1, "a longer search goes on with the same journal"
+    with in_process():
+        other = run_job(METHODS / "hill_climbing.yaml", work, (*chosen, "search.seed=1"), base=tiny_base)
+    assert set(other["steps_seconds"]) == {"search", "exported", "measure"}
+    assert len(list(work.glob("search-*.jsonl"))) == 2, "another seed is another search, with a journal of its own"
 
 
 @pytest.mark.parametrize(

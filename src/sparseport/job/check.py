@@ -76,6 +76,13 @@ def _check_adapter(job: Job, job_file: Path) -> None:
             expected="graph or adapter",
             fix="set export.branches to graph",
         )
+    if branches == "adapter" and "openvino" in job.export.target and _by_choice(job):
+        raise UsageError(
+            "OpenVINO switches adapters in its generation library only, which cannot score the choices of this task",
+            where=job_file,
+            found="export.branches adapter",
+            fix="set export.branches to graph, or export to onnx",
+        )
     if method in _MASKED and branches != "refuse":
         raise UsageError(
             f"an adapter of {method} is merged",
@@ -90,3 +97,10 @@ def _check_adapter(job: Job, job_file: Path) -> None:
             found="a search section" if job.search is not None else f"export.sub_adapter {job.export.sub_adapter}",
             fix="set finetune.nls to true, or leave search and export.sub_adapter away",
         )
+
+
+def _by_choice(job: Job) -> bool:
+    from sparseport.nls.tasks import load_task
+
+    assert job.finetune is not None
+    return load_task(job.finetune.task, job.finetune.data).by_choice

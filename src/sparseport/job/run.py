@@ -144,7 +144,7 @@ def _search(
     job: Job, made: Inputs, recipe: Recipe, steps: Steps, work_dir: Path, progress: Progress
 ) -> tuple[Path, dict[str, Any]]:
     from sparseport.nls.search.front import read_result
-    from sparseport.nls.searching import CHOSEN, RESULT, make_search, summary
+    from sparseport.nls.searching import CHOSEN, RESULT, journal_name, make_search, summary
     from sparseport.nls.sub_networks import SubNetworkEvaluator
 
     assert job.finetune is not None and job.search is not None and made.adapter is not None
@@ -152,15 +152,13 @@ def _search(
     plain = recipe.model_copy(update={"sub_adapter": "maximal", "target": recipe.target[:1]})
     setup = SubNetworkEvaluator(base, quantized, made.adapter, job.finetune, job.search, plain)
     # Other settings are another search; its journal does not stand in the way of this one.
-    journal = work_dir / f"search-{setup.digest()[:12]}-{job.search.strategy}.jsonl"
-    folder = steps.folder(
-        "search", [job.search, job.export], lambda out: _write_search(setup, journal, out, progress, make_search)
-    )
+    journal = work_dir / journal_name(setup)
+
+    def write(out: Path) -> None:
+        make_search(setup, journal, out, progress)
+
+    folder = steps.folder("search", [job.search, job.export], write)
     return folder / CHOSEN, summary(read_result(folder / RESULT))
-
-
-def _write_search(setup: Any, journal: Path, out: Path, progress: Progress, make_search: Any) -> None:
-    make_search(setup, journal, out, progress)
 
 
 def _measure(job: Job, made: Inputs, recipe: Recipe, folder: Path, progress: Progress) -> dict[str, Any]:

@@ -61,6 +61,7 @@ def run_search(options: argparse.Namespace) -> int:
         base, quantized = (options.sparse_base, options.base) if both else (options.base, None)
         export = job.export.model_copy(update={"sub_adapter": "maximal", "target": job.export.target[:1]})
         setup = SubNetworkEvaluator(base, quantized, options.adapter, finetune, recipe, export)
+        setup.check()
         options.output.mkdir(parents=True, exist_ok=True)
         result = make_search(setup, options.output / JOURNAL, options.output, progress_of(options))
         return {"output": str(options.output), **summary(result)}
