@@ -28,7 +28,7 @@ QUERY = "model.layers.0.self_attn.q_proj"
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("task") / "words.jsonl"
     lines = [
-        {"prompt": f"say {word}", "answer": f" {word}", "split": split, "form": "text"}
+        {"prompt": f"{split}: say {word}", "answer": f" {word}", "split": split, "form": "text"}
         for split in ("train", "validation", "test")
         for word in ("ab", "cd", "ef", "gh", "abab", "cdcd")
     ]

@@ -33,7 +33,7 @@ ON_CPUS = {**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1", "ACCELE
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("task") / "words.jsonl"
     lines = [
-        {"prompt": f"say {word}", "answer": f" {word * (number + 1)}", "split": split, "form": "text"}
+        {"prompt": f"{split}: say {word}", "answer": f" {word * (number + 1)}", "split": split, "form": "text"}
         for split in ("train", "validation", "test")
         for number, word in enumerate(WORDS)
     ]
