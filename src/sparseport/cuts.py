@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 import numpy as np
 
-from sparseport.checkpoints.block_settings import layer_count
+from sparseport.checkpoints.layers import layer_count
 from sparseport.child import Child
 from sparseport.merge.subnetwork import act_order_refusal
 from sparseport.sources import Sources
@@ -43,7 +43,7 @@ def require_same_class(sources: Sources) -> list[str]:
     Raises:
         Unsupported: names the list that config.json has to have.
     """
-    if sources.cut is None or len(sources.cut.blocks) == layer_count(sources.base.config)[1]:
+    if sources.cut is None or len(sources.cut.blocks) == layer_count(sources.base.config):
         return []
     if find_spec("transformers") is None:
         return ["transformers is not installed: what its class makes of the blocks that stay was not looked at"]
@@ -70,7 +70,7 @@ def cut_notes(sources: Sources, shapes: Mapping[str, tuple[int, int]]) -> list[s
     if sources.cut is None:
         return []
     before, after = cut_weights(sources, shapes)
-    total = sources.base.config.get("num_hidden_layers")
+    total = layer_count(sources.base.config)
     parts = [] if len(sources.cut.blocks) == total else [f"{len(sources.cut.blocks)} of {total} blocks"]
     parts += [f"{len(sources.cut.rows)} layers with fewer rows"] if sources.cut.rows else []
     share = f"{after:,} of {before:,} weights of linear layers ({after / before:.1%})"

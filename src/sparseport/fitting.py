@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparseport.checkpoints.block_settings import LAYER_COUNTS
 from sparseport.checkpoints.elastic import CHOICES, SearchSpace, Selection, choose, open_search_space
+from sparseport.checkpoints.layers import layer_count
 from sparseport.checkpoints.peft import AdapterFolder
 from sparseport.checkpoints.sub_config import block_of, in_whole_model, kept_blocks, whole_config
 from sparseport.errors import BadInput, Unsupported, VerificationError
@@ -125,9 +125,7 @@ def _ranks(
                 code="E_ELASTIC",
             )
         return {}
-    whole = whole_config(config)
-    count = next((whole[key] for key in LAYER_COUNTS if type(whole.get(key)) is int), None)
-    space = open_search_space(space_file, layers=count)
+    space = open_search_space(space_file, layers=layer_count(whole_config(config)))
     choice = sub_adapter if sub_adapter in CHOICES else Path(sub_adapter)
     selection = choose(space, choice, trained=adapter.ranks())
     _require_same_cut(space, selection, layers, config)
@@ -173,8 +171,7 @@ def _other_cut(what: str, where: str, expected: object, found: object) -> Unsupp
 def _left_out(module: str, blocks: tuple[int, ...] | None, config: Mapping[str, Any]) -> bool:
     """Whether a module is of a block that the whole model has and the folder has not."""
     number = block_of(module)
-    whole = whole_config(config)
-    count = next((whole[key] for key in LAYER_COUNTS if type(whole.get(key)) is int), 0)
+    count = layer_count(whole_config(config)) or 0
     return blocks is not None and number is not None and number not in blocks and number < count
 
 

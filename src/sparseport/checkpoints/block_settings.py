@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from sparseport.checkpoints.layers import LAYER_COUNTS
 from sparseport.errors import Unsupported
 
-LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
 # Lists with one entry for each block.
 _PER_BLOCK = (
     "layer_types",
@@ -51,7 +51,7 @@ _SAME_WINDOW = ("ministral3", "mistral", "mixtral", "phi3", "phimoe", "starcoder
 _NUMBERED = ("diffllama",)
 
 
-def layer_count(config: Mapping[str, Any]) -> tuple[str, int]:
+def layer_count_entry(config: Mapping[str, Any]) -> tuple[str, int]:
     """The key that holds the number of decoder blocks, and that number.
 
     Raises:
@@ -69,7 +69,7 @@ def cut_lists(config: Mapping[str, Any], blocks: tuple[int, ...]) -> dict[str, l
     Raises:
         Unsupported: a block's number decides what it computes, or a list may or may not speak of blocks.
     """
-    _, total = layer_count(config)
+    _, total = layer_count_entry(config)
     require_blocks_alike(config)
     found = {}
     for name, value in config.items():
@@ -104,7 +104,7 @@ def require_blocks_alike(config: Mapping[str, Any]) -> None:
     Raises:
         Unsupported: names the settings, and the lists that would say it.
     """
-    _, total = layer_count(config)
+    _, total = layer_count_entry(config)
     lists = {name for name in _PER_BLOCK if isinstance(config.get(name), list) and len(config[name]) == total}
     wrong = {
         name: instead
@@ -138,7 +138,7 @@ def require_same_blocks(whole: Mapping[str, Any], cut: Mapping[str, Any], blocks
         Unsupported: names the list that config.json has to have.
     """
     require_blocks_alike(whole)
-    _, total = layer_count(whole)
+    _, total = layer_count_entry(whole)
     for name in _PER_BLOCK:
         value = whole.get(name)
         if not isinstance(value, list) or len(value) != total:

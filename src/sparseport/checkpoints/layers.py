@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any
 
@@ -11,18 +11,18 @@ from sparseport.checkpoints.leaves import WEIGHT_PARTS
 from sparseport.errors import BadInput
 
 _LAYER = re.compile(r"^(?P<stem>(?:.*\.)?(?:layers|h|blocks))\.(?P<index>\d+)\.(?P<rest>.+)$")
-_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
 # Where the language model's part of a config stands if the model does more than language.
 _TEXT = "text_config"
 # Python refuses to read a number of thousands of digits, and no model has that many layers.
 DIGITS = 18
 
 
-def layer_count(config: dict[str, Any]) -> int | None:
+def layer_count(config: Mapping[str, Any]) -> int | None:
     """The number of decoder layers by a config.json, under any of its names; None if it does not say."""
     inner = config.get(_TEXT)
     for place in (inner if isinstance(inner, dict) else {}, config):
-        for key in _LAYER_COUNTS:
+        for key in LAYER_COUNTS:
             if type(place.get(key)) is int:
                 return int(place[key])
     return None
@@ -78,12 +78,12 @@ def check_layer_tensors(names: Iterable[str], config: dict[str, Any], where: str
             module, _, leaf = match["rest"].rpartition(".")
             if leaf in WEIGHT_PARTS or leaf == "bias":
                 parts.setdefault(f"{module}.bias" if leaf == "bias" else f"{module}.weight", name)
-    count = next((config[key] for key in _LAYER_COUNTS if key in config), None)
+    count = next((config[key] for key in LAYER_COUNTS if key in config), None)
     if type(count) is not int or count < 1:
         raise BadInput(
             "the number of layers is no positive whole number",
             where=f"{where}/config.json",
-            expected=" or ".join(_LAYER_COUNTS),
+            expected=" or ".join(LAYER_COUNTS),
             found=repr(count)[:40],
             code="E_CONFIG",
         )

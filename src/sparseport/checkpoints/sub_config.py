@@ -15,7 +15,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sparseport.checkpoints.block_settings import LAYER_COUNTS, cut_lists, layer_count
+from sparseport.checkpoints.block_settings import cut_lists, layer_count_entry
+from sparseport.checkpoints.layers import LAYER_COUNTS
 from sparseport.errors import BadInput
 
 KEY = "sparseport"
@@ -35,7 +36,7 @@ def cut_config(config: Mapping[str, Any], blocks: tuple[int, ...], before: Shape
     Raises:
         Unsupported: the config has no number of layers; see also `cut_lists`.
     """
-    key, total = layer_count(config)
+    key, total = layer_count_entry(config)
     changed: dict[str, Any] = {}
     if len(blocks) < total:
         changed = {key: len(blocks), **cut_lists(config, blocks)}

@@ -101,8 +101,9 @@ def _shrink(model: PreTrainedModel, config: PretrainedConfig) -> None:
     import torch
 
     shapes = smaller_shapes(config.to_dict())
+    modules = dict(model.named_modules())
     for name, (rows, columns) in shapes.items():
-        layer = dict(model.named_modules()).get(name)
+        layer = modules.get(name)
         if not isinstance(layer, torch.nn.Linear) or rows > layer.out_features or columns > layer.in_features:
             raise Unsupported(
                 "a layer of the sub-network is no part of the model",
@@ -115,7 +116,7 @@ def _shrink(model: PreTrainedModel, config: PretrainedConfig) -> None:
         if layer.bias is not None:
             layer.bias = torch.nn.Parameter(torch.empty_like(layer.bias[:rows]), requires_grad=False)
         layer.out_features, layer.in_features = rows, columns
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         if f"{name}.k_proj" in shapes and isinstance(getattr(module, "head_dim", None), int):
             size = module.head_dim
             set_heads(module, shapes[f"{name}.q_proj"][0] // size, shapes[f"{name}.k_proj"][0] // size)
