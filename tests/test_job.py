@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sparseport.errors import EnvironmentProblem, UsageError
+from sparseport.errors import EnvironmentProblem, SparseportError, UsageError
 from sparseport.job import inputs, run
 from sparseport.job.run import run_job
 from sparseport.job.steps import Steps, task_facts
@@ -174,6 +174,22 @@ def test_a_missing_package_is_found_before_any_work(
     with pytest.raises(EnvironmentProblem, match="not installed") as caught:
         run_job(job_file(tmp_path, finetune=LORA, search=search), tmp_path / "work", base=tiny_base)
     assert package in str(caught.value) and made == []
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"finetune": {**LORA, "task": "nope"}}, "no such task"),
+        ({"finetune": {**LORA, "task": "arc-easy"}}, "needs its data set"),
+        ({"finetune": LORA, "search": {"metric": "acc_norm"}}, "no such metric"),
+    ],
+)
+def test_a_task_that_is_not_there_is_found_before_any_work(
+    sections: dict[str, Any], message: str, made: list[str], tiny_base: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(SparseportError, match=message):
+        run_job(job_file(tmp_path, **sections), tmp_path / "work", base=tiny_base)
+    assert made == [] and not (tmp_path / "work").exists()
 
 
 def test_a_space_that_the_model_cannot_have_is_refused_before_any_work(tiny_base: Path, tmp_path: Path) -> None:

@@ -279,5 +279,5 @@ def _checked(kind: type[_Model], data: dict[str, Any], where: str) -> _Model:
             where=where,
             found=repr(first.get("input"))[:80],
             code="E_RECIPE",
-            fix="`sparseport export --help` lists the fields",
+            fix="the recipes in export_configs show the fields; `sparseport export --help` has those of an export",
         ) from None

@@ -17,9 +17,10 @@ _MASKED = ("sparse_peft", "qa_sparse_peft")
 
 
 def check_job(job: Job, job_file: Path, base: Path | None) -> None:
-    """Refuse sections that do not fit each other, and packages that a later step would miss.
+    """Refuse sections that do not fit each other, and packages and tasks that a later step would miss.
 
     Raises:
+        BadInput: the task's files are missing or damaged.
         UsageError: names what is missing or too much.
         EnvironmentProblem: a package is not installed.
     """
@@ -32,6 +33,7 @@ def check_job(job: Job, job_file: Path, base: Path | None) -> None:
         extras += ["search"] if len(job.search.objectives) > 1 or "nsga" in job.search.strategy else []
         extras += ["distributed"] if job.search.backend == "ray" else []
     require_packages(extras)
+    _check_task(job, job_file)
 
 
 def _check_sections(job: Job, job_file: Path, base: Path | None) -> None:
@@ -76,13 +78,6 @@ def _check_adapter(job: Job, job_file: Path) -> None:
             expected="graph or adapter",
             fix="set export.branches to graph",
         )
-    if branches == "adapter" and "openvino" in job.export.target and _by_choice(job):
-        raise UsageError(
-            "OpenVINO switches adapters in its generation library only, which cannot score the choices of this task",
-            where=job_file,
-            found="export.branches adapter",
-            fix="set export.branches to graph, or export to onnx",
-        )
     if method in _MASKED and branches != "refuse":
         raise UsageError(
             f"an adapter of {method} is merged",
@@ -99,8 +94,22 @@ def _check_adapter(job: Job, job_file: Path) -> None:
         )
 
 
-def _by_choice(job: Job) -> bool:
+def _check_task(job: Job, job_file: Path) -> None:
+    if job.finetune is None:
+        return
+    from sparseport.nls.scoring import check_metric
     from sparseport.nls.tasks import load_task
 
-    assert job.finetune is not None
-    return load_task(job.finetune.task, job.finetune.data).by_choice
+    task = load_task(job.finetune.task, job.finetune.data)
+    for split in ("train", "test"):
+        task.examples(split)
+    if job.search is not None:
+        task.examples(job.search.split)
+        check_metric(task, job.search)
+    if job.export.branches == "adapter" and "openvino" in job.export.target and task.by_choice:
+        raise UsageError(
+            "OpenVINO switches adapters in its generation library only, which cannot score the choices of this task",
+            where=job_file,
+            found="export.branches adapter",
+            fix="set export.branches to graph, or export to onnx",
+        )
