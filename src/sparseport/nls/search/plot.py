@@ -14,7 +14,8 @@ from sparseport.nls.search.objectives import ACCURACY, Evaluation, Objective, pa
 # Okabe and Ito's palette, which colour-blind readers can tell apart; the markers differ too.
 _BLUE, _ORANGE, _GREEN, _PURPLE, _RED = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00"
 _MARKS = {"minimal": ("v", _ORANGE), "heuristic": ("D", _GREEN), "maximal": ("^", _PURPLE)}
-_OFFSETS = {"minimal": (8, -14), "heuristic": (8, 8), "maximal": (-8, 8)}
+_OFFSETS = {"minimal": (8, -14), "heuristic": (8, 8), "maximal": (8, -14)}
+_NAMES = {"macs": "MACs"}
 _STYLE: dict[str, Any] = {
     "svg.hashsalt": "sparseport",  # ids of the SVG's parts; random without it
     "svg.fonttype": "path",
@@ -115,15 +116,9 @@ def _figure(result: SearchResult, across: Objective, up: Objective) -> Any:
             zorder=6,
             label="chosen",
         )
-    axes.set_xlabel(_axis_name(across))
-    axes.set_ylabel(_axis_name(up))
-    axes.xaxis.set_major_formatter(EngFormatter())
+    axes.set_xlabel(_NAMES.get(across.name, across.name))
+    axes.set_ylabel(_NAMES.get(up.name, up.name))
+    axes.xaxis.set_major_formatter(EngFormatter(unit=across.unit or ""))
     axes.margins(0.1)
     axes.legend(frameon=False, fontsize=9, loc="best", labelcolor="black")
     return figure
-
-
-def _axis_name(objective: Objective) -> str:
-    names = {"macs": "MACs"}
-    name = names.get(objective.name, objective.name)
-    return name if objective.unit is None else f"{name} ({objective.unit})"
