@@ -3,46 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from sparseport.errors import UsageError
+from sparseport.machine import describe, load
 from sparseport.recipe import Job, Recipe, load_job
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("openvino", "openvino-genai", "optimum-intel", "nncf", "torch", "transformers", "peft", "numpy", "onnx",
-            "onnxruntime", "onnxruntime-genai")  # fmt: skip
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, memory, load and package versions; no host name."""
-    model = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [
-            line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
-        model = names[0] if names else model
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "absent"
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "load_before": load,
-        "versions": versions,
-    }
+    """What a figure depends on, and the load before it was measured; no host name."""
+    return {**describe(), "load_before": load()}
 
 
 def demo_job(work_dir: Path) -> tuple[Job, Recipe]:

@@ -27,7 +27,7 @@ PACKAGE = SRC / "sparseport"
 
 # Lowest first. A package imports only from floors below its own, and from itself.
 FLOORS = (
-    {"errors", "offline"},
+    {"errors", "figures", "machine", "offline"},
     {"extras"},
     {"child", "progress", "publish"},
     {"strict", "weights"},

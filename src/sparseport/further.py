@@ -6,9 +6,7 @@ adapter and a certificate that speaks of it, or it is as it was.
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from sparseport.errors import BadInput, OutputExists, Unsupported
 from sparseport.extras import require_packages
 from sparseport.fitting import Fit, fit_adapter
 from sparseport.progress import Progress
-from sparseport.publish import staged_output
+from sparseport.publish import copy_linked, staged_output
 from sparseport.targets.read_back import open_reader
 from sparseport.verify.adapters import require_adapters
 from sparseport.verify.bits import digest_graph
@@ -92,7 +90,7 @@ def add_adapter(
             config = read_json(part / "config.json", what="model config")
             fits[part] = fit_adapter(opened, Certificate.read(part), config, sub_adapter, search_space)
         with staged_output(folder, overwrite=True, ours=lambda path: bool(certified_folders(path))) as stage:
-            shutil.copytree(folder, stage, copy_function=_link, dirs_exist_ok=True)
+            copy_linked(folder, stage)
             return [
                 _add(stage / part.relative_to(folder), name, opened, fits[part], branch_dtype, numerics, progress)
                 for part in parts
@@ -180,11 +178,3 @@ def _write(path: Path, target: str, branches: dict[str, LowRankBranch], reader: 
         for side, values in (("A", in_order(branch.a, orders[module])), ("B", branch.b)):
             specs.append(spec_of(f"{PREFIX}{module}.lora_{side}.weight", values))
     write_safetensors(path, specs)
-
-
-def _link(source: str, target: str) -> None:
-    """The same file under another name, until the folder that it came from is gone; a copy where no links can be."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)

@@ -98,6 +98,21 @@ def staged_output(output: Path, overwrite: bool = False, ours: Callable[[Path], 
                     aside.rename(output)
 
 
+def copy_linked(folder: Path, stage: Path) -> None:
+    """Fill a stage with the files of a finished folder, as links where the file system has them.
+
+    A file that is to be changed has to be removed from the stage first: a link is the old folder's file.
+    """
+    shutil.copytree(folder, stage, copy_function=_link, dirs_exist_ok=True)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def check_space(output: Path, needed: int) -> None:
     """Refuse early if the disk cannot hold the output and its scratch file.
 

@@ -7,9 +7,6 @@ slows all of them; figures are medians with their range, and ratios are taken wi
 
 from __future__ import annotations
 
-import os
-import platform
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,24 +17,13 @@ import numpy as np
 
 from sparseport.checkpoints.json_files import read_json
 from sparseport.errors import UsageError
+from sparseport.figures import paired_ratio, summary
 from sparseport.nls.adapters import active_adapter
 from sparseport.nls.engines import Precision, longest_input, open_session
 from sparseport.verify.sessions import Session
 
 # Ids below are most often special tokens.
 _FIRST_TOKEN = 10
-
-
-def machine() -> dict[str, Any]:
-    """What decides on this machine how long a model takes: the processor's name, and how many cores may be used."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    usable = getattr(os, "sched_getaffinity", None)  # not on every system
-    return {
-        "processor": names[0] if names else platform.processor() or platform.machine(),
-        "cores": os.cpu_count() if usable is None else len(usable(0)),
-    }
 
 
 @dataclass(frozen=True)
@@ -151,10 +137,4 @@ def _run(session: Session, tokens: list[int], prompt: int, clock: Callable[[], f
 
 
 def _summary(samples: list[float], first: list[float]) -> dict[str, Any]:
-    return {
-        "median": statistics.median(samples),
-        "min": min(samples),
-        "max": max(samples),
-        "samples": samples,
-        "ratio": statistics.median(own / other for own, other in zip(samples, first, strict=True)),
-    }
+    return {**summary(samples), "ratio": paired_ratio(samples, first)}

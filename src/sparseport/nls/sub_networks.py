@@ -22,12 +22,13 @@ from sparseport.checkpoints.layers import layer_count
 from sparseport.checkpoints.peft import AdapterFolder
 from sparseport.errors import BadInput, UsageError
 from sparseport.extras import require_packages
+from sparseport.machine import processor
 from sparseport.merge.subnetwork import sub_network
 from sparseport.nls.activation import activate
 from sparseport.nls.cost import Architecture, architecture_of, macs, parameters
 from sparseport.nls.engines import TorchEngine
 from sparseport.nls.evaluate import answers_torch
-from sparseport.nls.latency import machine, measure_latency
+from sparseport.nls.latency import measure_latency
 from sparseport.nls.load import check_adapter, load_for_training, restore_adapter
 from sparseport.nls.scoring import check_metric, mean, score_choices
 from sparseport.nls.search.candidates import Candidate
@@ -140,7 +141,7 @@ class SubNetworkEvaluator:
             recipe = self.measured_export()
             places = {"base", "sparse_base", "adapter", "output", "search_space", "sub_adapter"}
             content["export"] = recipe.model_dump(mode="json", exclude=places)
-            content["machine"] = {**machine(), "threads": _THREADS, **_versions(_RUNTIMES[recipe.target[0]])}
+            content["machine"] = {**processor(), "threads": _THREADS, **_versions(_RUNTIMES[recipe.target[0]])}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def measured_export(self) -> Recipe:

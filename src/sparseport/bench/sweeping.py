@@ -1,0 +1,207 @@
+"""`sparseport bench --sweep`: the fastest settings of folders on this machine, within a budget of drift."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sparseport import __version__
+from sparseport.bench.drift import drift_tokens, measure_drift, write_reference
+from sparseport.bench.knobs import Settings, stages
+from sparseport.bench.rounds import Asked, Samples, measure_rounds
+from sparseport.bench.run import check_asked, find_devices, measured_bandwidth, row_of, with_peers
+from sparseport.bench.settle import settle
+from sparseport.bench.subjects import Contender, Subject, contenders, subjects_of
+from sparseport.bench.sweep import Budget, Drift, Prefer, Tried, faster, sweep
+from sparseport.errors import UsageError
+from sparseport.machine import describe, load
+from sparseport.progress import Progress
+from sparseport.verify.certificate import Certificate
+
+SCHEMA = 1
+KIND = "sparseport-sweep"
+
+
+@dataclass(frozen=True)
+class Swept:
+    """A folder, what was tried for it, and the fastest settings: {} for the engine's own, None if none may be used."""
+
+    subject: Subject
+    engine: str
+    tried: list[Tried]
+    settings: Settings | None
+
+
+def sweep_folders(
+    paths: Sequence[Path | str],
+    budget: Budget,
+    *,
+    asked: Asked | None = None,
+    prefer: Prefer = "decode",
+    peers: bool = False,
+    write: bool = False,
+    numerics: bool = True,
+    text: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Find the fastest settings of exported folders, compare them side by side, and write them into the folders.
+
+    Args:
+        paths: folders that sparseport exported from one model: targets, accuracy levels, embeddings of any kind.
+        budget: how much drift is allowed, against the dequantised model of the first folder.
+        asked: how the last rounds are measured.
+        prefer: what has to be fast.
+        peers: whether stock ways to INT4 are made from the same weights and measured beside them.
+        write: whether each folder gets its settings; see `sparseport.bench.settle`.
+        numerics: whether a folder that gets settings is compared with the reference again.
+        text: what drift is measured on; sparseport's own text by default.
+        progress: where to report.
+
+    Returns:
+        Plain data: `rows` as a bench has them, with `drift` in each; `sweeps`, per folder `model`, `engine`,
+        `settings`, `tried` and whether they were `written`; `chosen`, the label of the fastest row within the budget.
+
+    Raises:
+        UsageError: a folder is none of ours, or no settings are within the budget.
+        VerificationError: a folder is not as it was certified.
+    """
+    asked, progress = asked or Asked(), progress or Progress("quiet")
+    check_asked(asked)
+    budget.check()
+    subjects = [one for path in paths for one in subjects_of(Path(path))]
+    for subject in subjects:
+        if not subject.certified:
+            raise UsageError("only folders that sparseport exported are swept", where=subject.path)
+    folders = contenders(subjects, None)
+    devices, before = find_devices(folders), load()
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        tokens = drift_tokens(subjects[0], text)
+        reference = scratch / "reference.npy"
+        with progress.task("reference logits"):
+            write_reference(subjects[0], tokens, reference)
+
+        def drift_of(row: Contender) -> Drift:
+            return measure_drift(row, reference, tokens, scratch)
+
+        swept = []
+        for row in folders:
+            with progress.task(f"trying settings of {row.subject.label}") as step:
+                tried, settings = sweep(
+                    row,
+                    stages(row.engine, group_sizes(row.subject)),
+                    budget,
+                    asked,
+                    drift_of,
+                    prefer=prefer,
+                    on_step=step,
+                )
+            swept.append(Swept(row.subject, row.engine, tried, settings))
+        _require_any(swept, budget)
+        finals = last_rows(swept)
+        made, missing = with_peers(finals[0], scratch, progress) if peers else ([], [])
+        rows = finals + made
+        bandwidth = measured_bandwidth(progress)
+        with progress.task("last rounds", len(rows) * asked.rounds) as step:
+            samples = measure_rounds(rows, asked, step)
+        drifts = {id(row): drift_of(row) for row in rows}
+        good = [one for one in samples if one.failed is None]
+        if not good:
+            raise UsageError("nothing could be measured", found=samples[0].failed)
+        result: dict[str, Any] = {
+            "schema": SCHEMA,
+            "kind": KIND,
+            "sparseport": __version__,
+            "machine": {**describe(), "load_before": before, "load_after": load(), "bandwidth_gb_s": bandwidth},
+            "asked": asked.as_dict(),
+            "budget": {**vars(budget), "tokens": len(tokens), "prefer": prefer},
+            "devices": devices,
+            "missing": missing,
+            "failed": [{"label": one.contender.label, "engine": one.contender.engine, "why": str(one.failed)}
+                       for one in samples if one.failed],
+            "rows": [{**row_of(one, good[0], bandwidth), "drift": drifts[id(one.contender)]} for one in good],
+        }  # fmt: skip
+        result["sweeps"] = [_judged(one, good, budget, prefer) for one in swept]
+        result["chosen"] = _fastest(result["rows"], [row.label for row in finals], budget, prefer)
+        if write:
+            _write(swept, result, numerics, progress)
+    return result
+
+
+def last_rows(swept: Sequence[Swept]) -> list[Contender]:
+    """Each folder at its engine's own settings, and at those that were found if they are others."""
+    rows = []
+    for one in swept:
+        if one.settings is None:
+            continue
+        rows.append(Contender(one.subject, one.engine, name=f"{one.subject.label}, {one.engine}, its own settings"))
+        if one.settings:
+            rows.append(replace(rows[-1], settings=one.settings, name=f"{one.subject.label}, {one.engine}, swept"))
+    return rows
+
+
+def group_sizes(subject: Subject) -> list[int]:
+    """Group sizes that a certified folder's INT4 layers are stored in."""
+    linears = Certificate.read(subject.path).linears.values()
+    return sorted({int(facts["stored_group_size"]) for facts in linears if facts.get("stored_group_size")})
+
+
+def _require_any(swept: Sequence[Swept], budget: Budget) -> None:
+    """Refuse to go on without any settings.
+
+    Raises:
+        UsageError: no folder has some within the budget.
+    """
+    if all(one.settings is None for one in swept):
+        least = min((tried.drift for one in swept for tried in one.tried), key=lambda drift: drift["kl"])
+        raise UsageError(
+            "no settings of any folder stay within the budget",
+            expected=f"KL <= {budget.kl}, top-1 >= {budget.top1}",
+            found=f"at least KL {least['kl']:.1e}, top-1 {least['top1']:.3f}",
+            fix="allow more drift, or export with products in float32 (--onnx-accuracy exact)",
+        )
+
+
+def _judged(one: Swept, samples: Sequence[Samples], budget: Budget, prefer: Prefer) -> dict[str, Any]:
+    """What was found for a folder; settings that were not worth it in the last rounds are taken back."""
+    own = [row for row in samples if row.contender.subject is one.subject]
+    default = next((row for row in own if not row.contender.settings), None)
+    chosen = next((row for row in own if row.contender.settings), None)
+    at_default = next((tried.drift for tried in one.tried if not tried.settings), None)
+    needed = at_default is None or not budget.allows(at_default)
+    worth_it = chosen is not None and (needed or default is None or faster(chosen, default, prefer))
+    settings = dict(one.settings or {}) if worth_it else {}
+    return {
+        "model": one.subject.label,
+        "engine": one.engine,
+        "within": one.settings is not None,
+        "settings": settings,
+        "written": False,
+        "tried": [vars(tried) for tried in one.tried],
+    }
+
+
+def _fastest(rows: list[dict[str, Any]], ours: Sequence[str], budget: Budget, prefer: Prefer) -> str | None:
+    """The label of our fastest row within the budget."""
+    figure = "decode_ms" if prefer == "decode" else "first_token_ms"
+    inside = [row for row in rows if row["label"] in ours and budget.allows(row["drift"])]
+    return min(inside, key=lambda row: row[figure]["median"])["label"] if inside else None
+
+
+def _write(swept: Sequence[Swept], result: dict[str, Any], numerics: bool, progress: Progress) -> None:
+    """Write every folder's settings, with what was measured of it."""
+    for one, found in zip(swept, result["sweeps"], strict=True):
+        if not found["within"]:
+            progress.note(f"{one.subject.label}: no settings are within the budget; left as it is")
+            continue
+        labels = {row["label"] for row in result["rows"] if row["model"] == one.subject.label}
+        evidence = {
+            **{key: result[key] for key in ("schema", "kind", "sparseport", "machine", "asked", "budget")},
+            "rows": [row for row in result["rows"] if row["label"] in labels],
+            "sweep": {**found, "written": True},
+        }
+        settle(one.subject.path, found["settings"], evidence, numerics=numerics, progress=progress)
+        found["written"] = True
