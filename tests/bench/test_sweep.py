@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparseport.bench.knobs import combinations, stages
+from sparseport.bench.knobs import SPARSE_WEIGHTS, combinations, stages
 from sparseport.bench.rounds import Asked, Samples
 from sparseport.bench.subjects import Contender, Subject
 from sparseport.bench.sweep import Budget, faster, sweep
@@ -145,3 +145,12 @@ def test_groups_of_the_weights_are_among_the_values() -> None:
     threads = stages("openvino-genai", [64], cores=4)[-1]["INFERENCE_NUM_THREADS"]
     assert list(threads) == [None, 2, 4]
     assert list(stages("onnxruntime-genai", [], cores=1)[0]["intra_op_num_threads"]) == [None, 1]
+
+
+def test_sparse_weights_are_tried_where_amx_can_use_them() -> None:
+    def names(sparsity: float, flags: list[str]) -> list[str]:
+        return [name for stage in stages("openvino", [64], 2, sparsity, flags) for name in stage]
+
+    assert SPARSE_WEIGHTS in names(0.5, ["amx_int8"])
+    assert SPARSE_WEIGHTS not in names(0.5, ["avx2"])
+    assert SPARSE_WEIGHTS not in names(0.0, ["amx_int8"])

@@ -15,6 +15,8 @@ from tests.e2e.in_process import STEPS, InProcess
 
 import sparseport.bench.run as bench_run
 from sparseport.bench.drift import drift_tokens, measure_drift, write_reference
+from sparseport.bench.knobs import SPARSE_WEIGHTS
+from sparseport.bench.logits import write_logits
 from sparseport.bench.rounds import Asked
 from sparseport.bench.settle import CONFIG, EVIDENCE, runtime_options, settle, taken_properties
 from sparseport.bench.subjects import Contender, Subject, subjects_of
@@ -194,3 +196,19 @@ def test_what_cannot_be_swept_is_refused(tiny_both: Any, tmp_path: Path, without
         drift_tokens(subjects_of(tiny_both[0].output / "openvino")[0], count=10**6)
     assert main(["bench", str(tiny_both[0].output), "--write", "--quiet"]) == 2
     assert main(["bench", str(tiny_both[0].output), "--sweep", "--engine", "openvino", "--quiet"]) == 2
+
+
+def test_openvino_takes_the_setting_for_sparse_weights(tiny_both: Any, tmp_path: Path, without_children: None) -> None:
+    """Without AMX it changes nothing: the property is taken, and the logits are the same ones."""
+    import openvino as ov
+
+    folder = tiny_both[0].output / "openvino"
+    compiled = ov.Core().compile_model(folder / "openvino_model.xml", "CPU", {SPARSE_WEIGHTS: 0.5})
+    assert float(compiled.get_property(SPARSE_WEIGHTS)) == 0.5
+    subject, tokens = Subject(folder, "openvino", "out"), list(range(20, 40))
+    logits = []
+    for number, settings in enumerate(({}, {SPARSE_WEIGHTS: 0.5})):
+        file = tmp_path / f"{number}.npy"
+        write_logits("openvino", str(subject.path), "CPU", dict(settings), tokens, str(file))
+        logits.append(np.load(file))
+    assert np.array_equal(*logits)
