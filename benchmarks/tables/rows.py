@@ -140,7 +140,7 @@ def _table_1() -> Table:
             "lonas": {"finetune": LONAS, "search": search},
             "blocks": {"finetune": blocks, "search": search},
         },
-        longer=4,
+        longer=3,
     )
 
 
