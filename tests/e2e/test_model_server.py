@@ -280,7 +280,7 @@ def test_what_the_server_would_not_serve_is_refused(
         add_servable(bare, tmp_path / "models", "mine")
     assert not (tmp_path / "models").exists()
     (tmp_path / "models").mkdir()
-    for text in ("[]", '{"mediapipe_config_list": {}}', '{"model_config_list": [{"name": "x"}]}', "{"):
+    for text in ("[]", '{"mediapipe_config_list": {}}', '{"model_config_list": [{"config": []}]}', "{"):
         (tmp_path / "models" / "config.json").write_text(text, encoding="utf-8")
         with pytest.raises(BadInput, match=r"config\.json"):
             add_servable(exported, tmp_path / "models", "mine")

@@ -15,7 +15,6 @@ from pathlib import Path
 import yaml
 
 from sparseport.errors import Unsupported, UsageError
-from sparseport.nls.scoring import digest_of
 from sparseport.nls.tasks import Split, Task
 from sparseport.publish import staged_output
 
@@ -52,6 +51,8 @@ def write_task(task: Task, folder: Path, split: Split = "test", limit: int | Non
         UsageError: the split is empty, or the limit below 1.
         OutputExists: the folder is there.
     """
+    from sparseport.nls.scoring import digest_of  # loads torch
+
     if not task.by_choice:
         raise Unsupported(
             "only tasks of choices become tasks of lm-evaluation-harness",

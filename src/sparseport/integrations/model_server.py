@@ -255,13 +255,11 @@ def read_config(path: Path, name: str, folder: Path) -> dict[str, Any]:
     """
     data = read_json(path, what="model server config") if path.is_file() else {}
     named: dict[str, list[dict[str, Any]]] = {}
-    for part, holder in (("model_config_list", "config"), ("mediapipe_config_list", None)):
+    for part in ("model_config_list", "mediapipe_config_list"):
         entries = data.setdefault(part, [])
-        found = entries if isinstance(entries, list) else [None]
-        settings = [entry.get(holder) if holder and isinstance(entry, dict) else entry for entry in found]
-        if not all(isinstance(one, dict) and isinstance(one.get("name"), str) for one in settings):
+        named[part] = [_settings_of(entry) for entry in entries] if isinstance(entries, list) else [{}]
+        if not all(isinstance(one.get("name"), str) for one in named[part]):
             raise BadInput("not a model server's config", where=f"{path}, {part}", expected="entries with names")
-        named[part] = settings
     taken = UsageError("another entry has this name", where=path, found=name, fix="give another --name")
     if any(one["name"] == name for one in named["model_config_list"]):
         raise taken
@@ -271,6 +269,12 @@ def read_config(path: Path, name: str, folder: Path) -> dict[str, Any]:
     if not same:
         data["mediapipe_config_list"].append({"name": name, "base_path": folder.name})
     return data
+
+
+def _settings_of(entry: object) -> dict[str, Any]:
+    """What an entry says: models of classic serving have it under `config`; empty for what is no entry."""
+    inner = entry.get("config", entry) if isinstance(entry, dict) else {}
+    return inner if isinstance(inner, dict) else {}
 
 
 def _base_path(entry: Mapping[str, Any], root: Path) -> Path | None:
