@@ -16,7 +16,15 @@ import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
 from sparseport import cli
-from sparseport.errors import BadInput, OutputExists, SparseportError, Unsupported, UsageError, VerificationError
+from sparseport.errors import (
+    BadInput,
+    EnvironmentProblem,
+    OutputExists,
+    SparseportError,
+    Unsupported,
+    UsageError,
+    VerificationError,
+)
 from sparseport.integrations.model_server import add_servable
 from sparseport.verify.certificate import Certificate
 from sparseport.verify.folder import verify
@@ -233,6 +241,27 @@ def test_a_repository_keeps_its_other_models(exported: Path, tmp_path: Path) -> 
         add_servable(exported, root, "mine", overwrite=True)
     assert sorted(path.name for path in root.iterdir()) == ["config.json", "mine", "one", "two"]
     assert json.loads((root / "config.json").read_text("utf-8")) == config
+
+
+def test_a_config_that_cannot_be_written_stays_as_it_was(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_servable(exported, tmp_path / "models", "one")
+    before = (tmp_path / "models" / "config.json").read_bytes()
+    replace = Path.replace
+
+    def refuse(self: Path, target: Path) -> Path:
+        if Path(target).name == "config.json":
+            raise OSError(28, "No space left on device")
+        return replace(self, target)
+
+    with monkeypatch.context() as patch, pytest.raises(EnvironmentProblem, match="--overwrite"):
+        patch.setattr(Path, "replace", refuse)
+        add_servable(exported, tmp_path / "models", "two")
+    assert (tmp_path / "models" / "config.json").read_bytes() == before
+    assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["config.json", "one", "two"]
+    made = add_servable(exported, tmp_path / "models", "two", overwrite=True)
+    assert served(made.config, "two").resolve() == made.model
 
 
 @pytest.mark.parametrize(

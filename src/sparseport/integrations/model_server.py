@@ -7,7 +7,7 @@
 The server's own tools put graph.pbtxt beside the model's files. Here it stands one floor above them, so that the folder
 below still is what its certificate says, and `sparseport verify` still finds nothing that does not belong to it.
 
-Format: OpenVINO Model Server's documentation (LLM calculator, MediaPipe graphs), and its sources of 2024.5 to 2026.4:
+Format: OpenVINO Model Server's documentation (LLM calculator, MediaPipe graphs) and its sources of 2026:
 `LLMCalculatorOptions` in src/llm/llm_calculator.proto, `models_path` relative to the graph's `base_path`, and that
 relative to config.json.
 """
@@ -309,5 +309,14 @@ def _place(source: Path, target: Path, facts: Mapping[str, Any], link: bool) -> 
 def _write_config(path: Path, data: Mapping[str, Any]) -> None:
     """Write config.json whole: the server reads it again when it changes."""
     partial = path.with_name(f"{TEMP_PREFIX}{path.name}")
-    partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise EnvironmentProblem(
+            "the model is in its place, but config.json could not be written",
+            where=path,
+            found=error.strerror,
+            fix="the same command with --overwrite writes it",
+        ) from error
