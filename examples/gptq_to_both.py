@@ -8,10 +8,10 @@ AWQ, AutoRound and compressed-tensors folders go in the same way. Needs `pip ins
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from sparseport import Progress, export, make_recipe
 
@@ -43,20 +43,18 @@ def onnx_tokens(folder: Path, prompt: list[int]) -> list[int]:
     return [int(token) for token in generator.get_sequence(0)][len(prompt) :]
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("--base", "--output", "--prompt"):
         parser.add_argument(name, required=True)
     options = parser.parse_args()
     recipe = {"base": options.base, "output": options.output, "target": ["openvino", "onnx"]}
-    result = export(make_recipe(recipe), Progress())
-    from tokenizers import Tokenizer
-
-    prompt = Tokenizer.from_file(str(result.folder / "openvino" / "tokenizer.json")).encode(options.prompt).ids
-    one, other = openvino_tokens(result.folder / "openvino", prompt), onnx_tokens(result.folder / "onnx", prompt)
+    openvino, onnx = (one.folder for one in export(make_recipe(recipe), Progress()).exports)
+    prompt = Tokenizer.from_file(str(openvino / "tokenizer.json")).encode(options.prompt).ids
+    one, other = openvino_tokens(openvino, prompt), onnx_tokens(onnx, prompt)
     print("same tokens" if one == other else "OTHER TOKENS", one, other)
-    return int(one != other)
+    raise SystemExit(int(one != other))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

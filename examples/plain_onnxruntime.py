@@ -2,8 +2,7 @@
 
     python examples/plain_onnxruntime.py OUT_DIR/onnx "Why does ice float?"
 
-Needs `pip install onnxruntime tokenizers`. Not for sub-networks with fewer heads in some layers: their caches have other
-shapes.
+Needs `pip install onnxruntime tokenizers`. Not for sub-networks with fewer heads in some layers: other caches.
 """
 
 from __future__ import annotations

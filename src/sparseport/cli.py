@@ -179,12 +179,20 @@ def _add_export(verbs: Any) -> None:
         metavar="SHARE",
         help="share of layers in 4 bits, the rest in 8",
     )
-    compress.add_argument("--compress-group-size", dest="compress.group_size", type=int, metavar="N")
+    compress.add_argument(
+        "--compress-group-size",
+        dest="compress.group_size",
+        type=int,
+        metavar="N",
+        help="input columns per group (default 64; -1: one group per row)",
+    )
     compress.add_argument("--compress-dataset", dest="compress.dataset", metavar="FILE", help="one sample a line")
-    for name in ("scale-estimation", "gptq"):
-        compress.add_argument(
-            f"--compress-{name}", dest=f"compress.{name.replace('-', '_')}", action="store_true", default=None
-        )
+    for name, text in (
+        ("scale-estimation", "NNCF's scale estimation; needs a dataset"),
+        ("gptq", "NNCF's GPTQ; needs a dataset, and revives pruned weights"),
+    ):
+        key = f"compress.{name.replace('-', '_')}"
+        compress.add_argument(f"--compress-{name}", dest=key, action="store_true", default=None, help=text)
     onnx = verb.add_argument_group("the ONNX target")
     onnx.add_argument(
         "--onnx-format",
@@ -299,7 +307,7 @@ def _add_verify(verbs: Any) -> None:
     verb = _verb(
         verbs, "verify", "Compare an exported folder with its certificate, bit for bit.", "sparseport verify out"
     )
-    verb.add_argument("folder", type=Path)
+    verb.add_argument("folder", type=Path, help="exported folder, or one that holds a folder for each target")
     verb.add_argument("--numerics", action="store_true", help="also run the model and compare its logits")
     verb.add_argument(
         "--ignore-extra", action="store_true", help="do not mind files that the certificate does not know"

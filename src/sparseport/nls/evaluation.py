@@ -41,7 +41,8 @@ class Evaluation:
     precision  `default` as applications run it, or `full`; torch always computes in float32
     settings   what was set for it
     adapter    file of the adapter that was switched on; None for none
-    task, split
+    task       its name
+    split      which items
     left_out   items of the task's files that are in no split: reason -> how many
     outcome    what came out, item by item
     """
