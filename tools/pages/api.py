@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.pages.tables import cell
-
 import sparseport
+from tools.pages.tables import cell
 
 SOURCES = Path(__file__).resolve().parents[2] / "src"
 _SECTIONS = {"Args": "Arguments", "Returns": "Returns", "Raises": "Raises"}

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
-from tools.pages.tables import cell
-
 from sparseport.cli import _parser
+from tools.pages.tables import cell
 
 COMMON = ("help", "json", "quiet", "debug")
 """Options of every verb."""

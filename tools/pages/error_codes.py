@@ -7,10 +7,9 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tools.pages.meanings import MEANINGS
-
 from sparseport import errors
 from sparseport.errors import SparseportError
+from tools.pages.meanings import MEANINGS
 
 SOURCES = Path(__file__).resolve().parents[2] / "src" / "sparseport"
 # Functions that take a code for the error that they raise -> that error.

@@ -35,10 +35,12 @@ MEANINGS = {
     "E_LAYERS_DIFFER": "Layers that were taken for alike are not; such a model is traced whole.",
     "E_LIMIT": "A file is larger or nested deeper than any real one. It is damaged or hostile.",
     "E_LOCKED": "Another process writes this output. Wait for it, or remove what it left if it is gone.",
-    "E_MASK": "Pruned weights are not zero. `--mask-policy keep-codes` carries them as they are, `reapply` prunes again.",
+    "E_MASK": "Pruned weights are not zero. `--mask-policy keep-codes` carries them as they are, `reapply` prunes them "
+    "again.",
     "E_MEM": "Memory ran out, or will. `--no-numerics` skips the most expensive step; `--dry-run` shows the estimate.",
     "E_MISSING": "A file or folder that was named is not there.",
-    "E_MODEL_STATE": "An NNCF checkpoint brings other model weights than the base's. Give the base that it was tuned on.",
+    "E_MODEL_STATE": "An NNCF checkpoint brings other model weights than the base's. Give the base that it was tuned "
+    "on.",
     "E_MODULES": "The model has none of the modules that a recipe names.",
     "E_NAN": "Weights or inputs hold NaN or infinities. Download or train them again.",
     "E_NNCF": "An NNCF checkpoint is damaged, or not of the form that NNCF writes.",
