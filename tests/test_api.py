@@ -71,12 +71,14 @@ def test_a_name_that_does_not_exist_says_so() -> None:
         _ = sparseport.verify_everything  # type: ignore[attr-defined]
 
 
-def test_the_examples_are_type_checked_strictly() -> None:
+def test_the_examples_are_type_checked_strictly(tmp_path: Path) -> None:
     """mypy holds examples/ to every flag of `--strict`: what they import of the public names has to be typed."""
     pytest.importorskip("mypy")
     result = mypy("examples")
     assert result.returncode == 0, result.stdout
-    result = mypy("-c", "from sparseport import plan_export\nreveal_type(plan_export)\nplan_export(1)\n")
+    probe = tmp_path / "probe.py"
+    probe.write_text("from sparseport import plan_export\nreveal_type(plan_export)\nplan_export(1)\n", encoding="utf-8")
+    result = mypy(str(probe))
     assert "(recipe: sparseport.recipe.Recipe) -> sparseport.plan.Plan" in result.stdout
     assert 'incompatible type "int"; expected "Recipe"' in result.stdout
 

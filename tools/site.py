@@ -1,6 +1,7 @@
 """Hook of mkdocs: files outside docs/ that pages link to become pages of the site, and links follow them.
 
-On GitHub a page under docs/ links to `../examples/NAME.py` or `../CONTRIBUTING.md`; on the site both are pages.
+On GitHub a page under docs/ links to `../examples/NAME.py` or `../CONTRIBUTING.md`; on the site both are pages. Links to
+other files of the repository, such as sources and tests, are text there.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ ROOT_PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.m
 MOVED = {**ROOT_PAGES, "README.md": "index.md"}
 # Folders whose files become pages -> the language that they are shown in.
 SOURCES = {"examples": ("*.py", "python"), "export_configs": ("**/*.yaml", "yaml")}
-_LINK = re.compile(r"(\]\()([^)\s]+)(\))")
+_LINK = re.compile(r"\[(?P<text>[^\]]*)\]\((?P<target>[^)\s#]*)(?P<anchor>#[^)\s]*)?\)")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -64,14 +65,14 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Turn links that are right in the repository into links that are right on the site.
 
     Raises:
-        PluginError: a link leads to a file of the repository that is no page of the site.
+        PluginError: a link leads to nothing in the repository.
     """
     back = {uri: name for name, uri in ROOT_PAGES.items()}
     uri = page.file.src_uri
     here = back.get(uri, f"docs/{uri}")
 
     def moved(match: re.Match[str]) -> str:
-        target, hash_, anchor = match[2].partition("#")
+        target, anchor = match["target"], match["anchor"] or ""
         if not target or "://" in target or target.startswith(("/", "mailto:")):
             return match[0]
         place = posixpath.normpath(posixpath.join(posixpath.dirname(here), target))
@@ -81,11 +82,12 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             new = MOVED[place]
         elif place.split("/")[0] in SOURCES and files.get_file_from_path(source_page(place)):
             new = source_page(place)
+        elif (REPO / place).exists():
+            return match["text"]
         else:
-            raise PluginError(f"{here}: the link to {target} leads out of the site")
-        if new == "adr":
-            new = "adr/README.md"
-        return match[1] + posixpath.relpath(new, posixpath.dirname(uri) or ".") + hash_ + anchor + match[3]
+            raise PluginError(f"{here}: the link to {target} leads nowhere")
+        new = "adr/README.md" if new == "adr" else new
+        return f"[{match['text']}]({posixpath.relpath(new, posixpath.dirname(uri) or '.')}{anchor})"
 
     return _outside_code(markdown, lambda text: _LINK.sub(moved, text))
 
