@@ -21,7 +21,7 @@ export CI = true
 export NNCF_CI = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint format formats bench second-opinion clean
+.PHONY: help env demo test lint format formats docs pages bench second-opinion clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -59,6 +59,13 @@ formats: $(READY) ## write the tables of docs/formats.md anew, from the tests th
 	@# Lines that no test names are gone now; is one missing that a test names?
 	$(BIN)/python -m pytest -q tests/e2e/test_formats.py -k "line or gaps"
 
+docs: $(READY) ## build the documentation as a site into site/, which needs no network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "open site/index.html"
+
+pages: $(READY) ## write the generated parts of the documentation anew: command line, Python, errors, decisions
+	$(BIN)/python -m tools.pages
+
 second-opinion: $(READY) ## the third-party tools' files and their own dequantisation; gigabytes of environments
 	$(BIN)/python benchmarks/second_opinion.py
 
@@ -73,5 +80,5 @@ bench: $(READY) ## run the comparisons in benchmarks/, on the finished demo
 	$(BIN)/python benchmarks/same_tokens.py --folder demo/both
 
 clean: ## remove caches and build output; .venv stays
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/sparseport.egg-info
+	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis src/sparseport.egg-info
 	find src tests benchmarks -type d -name __pycache__ -prune -exec rm -rf {} +

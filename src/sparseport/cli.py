@@ -121,7 +121,7 @@ def _add_verify(verbs: Any) -> None:
     verb = _verb(
         verbs, "verify", "Compare an exported folder with its certificate, bit for bit.", "sparseport verify out"
     )
-    verb.add_argument("folder", type=Path)
+    verb.add_argument("folder", type=Path, help="exported folder, or one that holds a folder for each target")
     verb.add_argument("--numerics", action="store_true", help="also run the model and compare its logits")
     verb.add_argument(
         "--ignore-extra", action="store_true", help="do not mind files that the certificate does not know"

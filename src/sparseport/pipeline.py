@@ -45,7 +45,12 @@ class TargetExport:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """A finished export: where it is, what it holds for each target, and things worth knowing."""
+    """A finished export.
+
+    folder   the recipe's output
+    exports  each target's folder with its certificate
+    notes    sentences worth knowing
+    """
 
     folder: Path
     exports: list[TargetExport]
@@ -76,6 +81,12 @@ class ExportResult:
 def plan(recipe: Recipe) -> Plan:
     """What `export` would do, without doing it (`--dry-run`).
 
+    Args:
+        recipe: what to export and how.
+
+    Returns:
+        Each layer's way through the export, with the reason where a layer is refused, and what the export will need.
+
     Raises:
         SparseportError: an input cannot be opened or does not fit the others.
     """
@@ -91,6 +102,9 @@ def export(recipe: Recipe, progress: Progress | None = None) -> ExportResult:
     Args:
         recipe: what to export and how.
         progress: where to report steps; quiet by default.
+
+    Returns:
+        The folder, and for each target its own folder and certificate.
 
     Raises:
         SparseportError: any of its subclasses, each with its exit code; nothing is written then.

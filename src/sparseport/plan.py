@@ -84,6 +84,11 @@ class LayerPlan:
 class Plan:
     """All layers, the other tensors, and what the export will need.
 
+    layers               one entry for each linear layer: rule, forms, rank, refusal
+    tensors              names of everything else that is written: embedding, head, norms, biases
+    output_bytes         size of all targets' weights
+    scratch_bytes        what lies on the disk beside them for a while
+    notes                sentences worth knowing before the export
     memory_mib           peak of the export without the logit check
     numerics_memory_mib  peak of the logit check; 0 if it will not run
     problem              why a target refuses the model, whatever its layers are, or None

@@ -19,7 +19,7 @@ Step = Callable[[], None]
 class Progress:
     """Reports steps of a job.
 
-    style: "auto" (bars on a terminal, JSON lines otherwise), "bars", "json" or "quiet".
+    style  "auto" (bars on a terminal, JSON lines otherwise), "bars", "json" or "quiet".
     """
 
     def __init__(self, style: str = "auto") -> None:

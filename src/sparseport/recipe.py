@@ -225,6 +225,13 @@ def _strict_loader() -> Any:
 def make_recipe(data: dict[str, Any], where: str = "options") -> Recipe:
     """Check plain data and return the export recipe.
 
+    Args:
+        data: fields of `Recipe`; paths may be strings, sections such as `compress` mappings.
+        where: what the data is, for messages.
+
+    Returns:
+        The recipe, with defaults for what the data leaves out.
+
     Raises:
         BadInput: a field is missing, unknown or out of range; the message names it and what is allowed.
     """

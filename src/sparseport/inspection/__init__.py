@@ -19,7 +19,7 @@ __all__ = ["Inspection", "LayerReport", "inspect"]
 
 
 def inspect(
-    path: Path,
+    path: Path | str,
     *,
     allow_pickle: bool = False,
     gptq_zeros: str | None = None,
@@ -32,8 +32,14 @@ def inspect(
 
     Args:
         path: what to look at.
-        allow_pickle, gptq_zeros, ignore_extra: how to read it, as in a recipe; the commands that follow name them too.
+        allow_pickle: accept `.bin`, `.pt` and `.pth` files, as plain tensors in a process of their own.
+        gptq_zeros: override of how a GPTQ file stores zero-points: `v1`, `v1-words` or `v2`.
+        ignore_extra: leave out tensors of a base's files that its index does not name.
         on_layer: called after each linear layer.
+
+    Returns:
+        What was found: each layer's format, what an export keeps and loses, and commands to run next, which name the
+        three options too.
 
     Raises:
         BadInput: there is nothing here that sparseport knows, or it is damaged.

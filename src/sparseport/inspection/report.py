@@ -71,14 +71,15 @@ class LayerReport:
 class Inspection:
     """What was found.
 
-    kind     base, adapter, export or gguf
-    title    one line: what this is
-    writer   tool and version as the files tell, or empty
-    facts    short label -> value, in the order to print
-    layers   linear layers of a base
-    keeps    what an export carries exactly
-    loses    what it does not, or cannot
-    next     commands to run, quoted for a POSIX shell; a placeholder such as BASE stands for what is not known
+    kind      base, adapter, export or gguf
+    title     one line: what this is
+    writer    tool and version as the files tell, or empty
+    facts     short label -> value, in the order to print
+    layers    linear layers of a base
+    keeps     what an export carries exactly
+    loses     what it does not, or cannot
+    next      commands to run, quoted for a POSIX shell; a placeholder such as BASE stands for what is not known
+    warnings  what looks odd, or was given for nothing
     """
 
     kind: str

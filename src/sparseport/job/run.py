@@ -20,12 +20,12 @@ EXPORTED = "exported"
 
 
 def run_job(
-    job_file: Path,
-    work_dir: Path,
+    job_file: Path | str,
+    work_dir: Path | str,
     settings: tuple[str, ...] = (),
     progress: Progress | None = None,
     *,
-    base: Path | None = None,
+    base: Path | str | None = None,
     wheel: Path | None = None,
     measure: bool = True,
 ) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def run_job(
         job_file: the recipe file; `base` and `output` of its export section are filled in.
         work_dir: folder for everything the job makes; finished steps are kept for the next run.
         settings: `key=value` overrides.
-        progress: where to report steps.
+        progress: where to report steps; quiet by default.
         base: folder of the base model, in place of the file's `model` section.
         wheel: the model's wheel, if it is on disk already.
         measure: whether accuracy is measured, where there is a task.
@@ -48,6 +48,8 @@ def run_job(
         SparseportError: any of its subclasses; finished steps are kept.
     """
     progress = progress or Progress("quiet")
+    job_file, work_dir = Path(job_file), Path(work_dir)
+    base = None if base is None else Path(base)
     job = _load(job_file, work_dir, settings)
     check_job(job, job_file, base)
     if base is not None:

@@ -41,7 +41,8 @@ class Evaluation:
     precision  `default` as applications run it, or `full`; torch always computes in float32
     settings   what was set for it
     adapter    file of the adapter that was switched on; None for none
-    task, split
+    task       its name
+    split      which items
     left_out   items of the task's files that are in no split: reason -> how many
     outcome    what came out, item by item
     """
@@ -84,7 +85,7 @@ class Evaluation:
 
 
 def evaluate(
-    path: Path,
+    path: Path | str,
     task: Task,
     *,
     split: Split = "test",
@@ -105,7 +106,10 @@ def evaluate(
             exported folder too: the weights are read back from it and dequantised to float32.
         precision: for runtimes; see `sparseport.nls.engines.Precision`.
         adapter: file of an adapter beside an exported base, to switch on, or `none`; None takes the one that is there.
-        progress: where to report.
+        progress: where to report; quiet by default.
+
+    Returns:
+        The metrics, and what came out item by item.
 
     Raises:
         UsageError: the engine does not run what is there, the split is empty, the limit is below 1, or the folder has
@@ -113,6 +117,7 @@ def evaluate(
         BadInput: nothing to evaluate is there, or it is damaged.
         Unsupported: the runtime cannot switch the adapter on for this task.
     """
+    path = Path(path)
     chosen = engine_of(path, engine)
     active = adapter_for(path, task, chosen, adapter)
     items = task.examples(split)
@@ -145,6 +150,9 @@ def evaluate(
 
 def compare(runs: Sequence[Evaluation]) -> list[dict[str, Any]]:
     """`agreement` of the first run with each other one, by each metric.
+
+    Args:
+        runs: of the same items; the first is what the others are held against.
 
     Returns:
         One entry per other run: `path`, `engine`, `precision`, `adapter` of the two under `first` and `second`, and

@@ -94,12 +94,20 @@ def add_export(verb: argparse.ArgumentParser, base: Sequence[str] = ("--base",))
         metavar="SHARE",
         help="share of layers in 4 bits, the rest in 8",
     )
-    compress.add_argument("--compress-group-size", dest="compress.group_size", type=int, metavar="N")
+    compress.add_argument(
+        "--compress-group-size",
+        dest="compress.group_size",
+        type=int,
+        metavar="N",
+        help="input columns per group (default 64; -1: one group per row)",
+    )
     compress.add_argument("--compress-dataset", dest="compress.dataset", metavar="FILE", help="one sample a line")
-    for name in ("scale-estimation", "gptq"):
-        compress.add_argument(
-            f"--compress-{name}", dest=f"compress.{name.replace('-', '_')}", action="store_true", default=None
-        )
+    for name, text in (
+        ("scale-estimation", "NNCF's scale estimation; needs a dataset"),
+        ("gptq", "NNCF's GPTQ; needs a dataset, and revives pruned weights"),
+    ):
+        key = f"compress.{name.replace('-', '_')}"
+        compress.add_argument(f"--compress-{name}", dest=key, action="store_true", default=None, help=text)
     onnx = verb.add_argument_group("the ONNX target")
     onnx.add_argument(
         "--onnx-format",

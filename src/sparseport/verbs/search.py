@@ -6,13 +6,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sparseport.errors import UsageError
-from sparseport.verbs.making import progress_of, require_folders, run_verb
+from sparseport.verbs.making import progress_of, run_verb
 
 NAME = "search"
 HELP = "Search the sub-networks of a super-adapter by accuracy, MACs, parameters or the measured latency of exports."
 EXAMPLE = "sparseport search --config job.yaml --base model --adapter adapter --output found"
-JOURNAL = "journal.jsonl"
 
 
 def add_search(verb: argparse.ArgumentParser) -> None:
@@ -36,34 +34,21 @@ def run_search(options: argparse.Namespace) -> int:
     Raises:
         UsageError: a folder is missing, or the recipe has no finetune or search section.
     """
-    from sparseport.recipe import load_job
-
-    require_folders(base=options.base, sparse_base=options.sparse_base, adapter=options.adapter)
-    inputs = {"base": str(options.base), "output": str(options.output), "adapter": str(options.adapter)}
-    if options.sparse_base is not None:
-        inputs["sparse_base"] = str(options.sparse_base)
-    job = load_job(options.config, tuple(options.set), export=inputs)
-    finetune, recipe = job.finetune, job.search
-    if finetune is None or recipe is None:
-        raise UsageError("the recipe has no section finetune or none named search", where=options.config)
-    both = finetune.method == "qa_sparse_peft"
-    if both != (options.sparse_base is not None):
-        raise UsageError(
-            "qa_sparse_peft needs the sparse base beside the INT4 one" if both else "only qa_sparse_peft has two bases",
-            where="--sparse-base",
-            found=f"finetune.method {finetune.method}",
-        )
 
     def work() -> dict[str, Any]:
-        from sparseport.nls.searching import make_search, summary
-        from sparseport.nls.sub_networks import SubNetworkEvaluator
+        from sparseport.job.search import search_sub_networks
 
-        base, quantized = (options.sparse_base, options.base) if both else (options.base, None)
-        export = job.export.model_copy(update={"sub_adapter": "maximal", "target": job.export.target[:1]})
-        setup = SubNetworkEvaluator(base, quantized, options.adapter, finetune, recipe, export)
-        setup.check()
-        options.output.mkdir(parents=True, exist_ok=True)
-        result = make_search(setup, options.output / JOURNAL, options.output, progress_of(options))
+        result = search_sub_networks(
+            options.config,
+            base=options.base,
+            adapter=options.adapter,
+            output=options.output,
+            sparse_base=options.sparse_base,
+            settings=tuple(options.set),
+            progress=progress_of(options),
+        )
+        from sparseport.nls.searching import summary
+
         return {"output": str(options.output), **summary(result)}
 
     return run_verb(options, work)

@@ -29,7 +29,10 @@ _PROOF = "proof_sha256"
 
 @dataclass(frozen=True)
 class Certificate:
-    """A certificate's content as plain data; `body` has no seal."""
+    """A certificate's content.
+
+    body  plain data, without seal and proof; every key is explained in docs/certificate.md
+    """
 
     body: dict[str, Any]
 

@@ -20,7 +20,15 @@ GRAPH_FILES = {"openvino": ("openvino_model.xml", "openvino_model.bin"), "onnx":
 
 @dataclass(frozen=True)
 class Verdict:
-    """What verification found; `differences` is empty when every bit is as certified."""
+    """What verification found; `differences` is empty when every bit is as certified.
+
+    folder       that was verified
+    files        how many files the certificate names
+    linears      how many linear layers
+    tensors      how many other tensors
+    differences  sentences, each with its file and, where a weight is concerned, its name
+    certificate  as it was read; None where there is no readable one
+    """
 
     folder: Path
     files: int

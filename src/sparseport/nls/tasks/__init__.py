@@ -95,7 +95,7 @@ class Task:
         return found
 
 
-def load_task(name: str, data: Path | None = None) -> Task:
+def load_task(name: str, data: Path | str | None = None) -> Task:
     """A task that ships with the package, one made from a folder of data sets, or one from a JSONL file.
 
     A task file has one object a line: `prompt`, `answer`, `split` (train, validation or test), and optionally `form`
@@ -105,6 +105,9 @@ def load_task(name: str, data: Path | None = None) -> Task:
     Args:
         name: `home-commands`; one of `DATA_TASKS`; or the path of a task file.
         data: folder of the data sets, with `mc/*.jsonl` and `math/*.jsonl`; needed by, and only by, `DATA_TASKS`.
+
+    Returns:
+        The task with its three splits.
 
     Raises:
         BadInput: no such task, or a line of a file is not of its form.
@@ -118,7 +121,8 @@ def load_task(name: str, data: Path | None = None) -> Task:
             raise UsageError(
                 "the task needs its data set", where=name, fix="give --data DIR, or `data` beside `task` in a recipe"
             )
-        return choosing_task(name, data) if name in CHOOSING else word_problems(name, data)
+        folder = Path(data)
+        return choosing_task(name, folder) if name in CHOOSING else word_problems(name, folder)
     if data is not None:
         raise UsageError("only tasks of data sets take a data folder", where=name, found=data, expected=_known())
     if name == "home-commands":
