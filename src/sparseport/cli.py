@@ -17,7 +17,7 @@ from sparseport import __version__
 from sparseport.errors import EnvironmentProblem, SparseportError, UsageError, VerificationError
 from sparseport.offline import go_offline
 from sparseport.progress import Progress
-from sparseport.verbs import evaluate, finetune, quantize, run, search, sparsify
+from sparseport.verbs import evaluate, finetune, quantize, report, run, search, sparsify
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -99,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     finetune.add_finetune(_verb(verbs, finetune.NAME, finetune.HELP, finetune.EXAMPLE))
     search.add_search(_verb(verbs, search.NAME, search.HELP, search.EXAMPLE))
     evaluate.add_evaluate(_verb(verbs, evaluate.NAME, evaluate.HELP, evaluate.EXAMPLE))
+    report.add_report(_verb(verbs, report.NAME, report.HELP, report.EXAMPLE))
     run.add_run(_verb(verbs, run.NAME, run.HELP, run.EXAMPLE))
     return parser
 
@@ -211,6 +212,7 @@ def _add_export(verbs: Any) -> None:
         default=None,
         help="leave tokenizer and detokenizer out",
     )
+    verb.add_argument("--no-card", dest="card", action="store_false", default=None, help="leave README.md out")
     verb.add_argument(
         "--no-numerics",
         dest="numerics",
@@ -262,6 +264,7 @@ _EXPORT_FIELDS = (
     "branch_dtype",
     "mask_policy",
     "tokenizer",
+    "card",
     "numerics",
     "overwrite",
 )

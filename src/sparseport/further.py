@@ -6,7 +6,6 @@ adapter and a certificate that speaks of it, or it is as it was.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from dataclasses import replace
@@ -21,8 +20,10 @@ from sparseport.checkpoints.peft import AdapterFolder
 from sparseport.errors import BadInput, OutputExists, Unsupported
 from sparseport.extras import require_packages
 from sparseport.fitting import Fit, fit_adapter
+from sparseport.model_card.writing import FILE_NAME as CARD
+from sparseport.model_card.writing import with_card
 from sparseport.progress import Progress
-from sparseport.publish import staged_output
+from sparseport.publish import link_or_copy, staged_output
 from sparseport.targets.read_back import open_reader
 from sparseport.verify.adapters import require_adapters
 from sparseport.verify.bits import digest_graph
@@ -92,7 +93,7 @@ def add_adapter(
             config = read_json(part / "config.json", what="model config")
             fits[part] = fit_adapter(opened, Certificate.read(part), config, sub_adapter, search_space)
         with staged_output(folder, overwrite=True, ours=lambda path: bool(certified_folders(path))) as stage:
-            shutil.copytree(folder, stage, copy_function=_link, dirs_exist_ok=True)
+            shutil.copytree(folder, stage, copy_function=link_or_copy, dirs_exist_ok=True)
             return [
                 _add(stage / part.relative_to(folder), name, opened, fits[part], branch_dtype, numerics, progress)
                 for part in parts
@@ -134,6 +135,8 @@ def _add(
             found = check_switched(folder, target, [file])
             body["numerics"] = {**body["numerics"], **found}
     sealed = Certificate(body)
+    if CARD in sealed.files:
+        sealed = with_card(sealed, folder)  # the card names the adapters
     (folder / FILE_NAME).unlink()  # a link to the old folder's, which stays as it is
     sealed.write(folder)
     return sealed
@@ -180,11 +183,3 @@ def _write(path: Path, target: str, branches: dict[str, LowRankBranch], reader: 
         for side, values in (("A", in_order(branch.a, orders[module])), ("B", branch.b)):
             specs.append(spec_of(f"{PREFIX}{module}.lora_{side}.weight", values))
     write_safetensors(path, specs)
-
-
-def _link(source: str, target: str) -> None:
-    """The same file under another name, until the folder that it came from is gone; a copy where no links can be."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)

@@ -202,3 +202,14 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def link_or_copy(source: str, target: str) -> None:
+    """The same file under another name, until the folder that it came from is gone; a copy where no links can be.
+
+    For `shutil.copytree` into a stage: whoever changes a file there has to remove the name first.
+    """
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
