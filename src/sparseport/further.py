@@ -17,10 +17,10 @@ import numpy as np
 from sparseport.branches import branch_facts, require_unmerged
 from sparseport.checkpoints.json_files import read_json
 from sparseport.checkpoints.peft import AdapterFolder
+from sparseport.checkpoints.readme import FILE_NAME as CARD
 from sparseport.errors import BadInput, OutputExists, Unsupported
 from sparseport.extras import require_packages
 from sparseport.fitting import Fit, fit_adapter
-from sparseport.model_card.writing import FILE_NAME as CARD
 from sparseport.model_card.writing import with_card
 from sparseport.progress import Progress
 from sparseport.publish import link_or_copy, staged_output

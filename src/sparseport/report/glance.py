@@ -53,7 +53,11 @@ def _verdict(gathered: Gathered) -> Markup:
     lists += [("between the folders", gathered.between)] if gathered.between else []
     for name, lines in lists:
         shown = [tag("li", line) for line in lines[:10]]
-        more = [tag("li", f"and {len(lines) - 10} more; `sparseport verify` lists them all")] if len(lines) > 10 else []
+        more = (
+            [tag("li", f"and {len(lines) - 10} more, which ", tag("code", "sparseport verify"), " lists")]
+            if len(lines) > 10
+            else []
+        )
         told.append(details(f"{name}: {len(lines)}", tag("ul", *shown, *more), open_=True))
     kind = "good" if gathered.ok else "bad"
     return tag("section", icon, tag("div", *told), class_=f"verdict {kind}", aria_label="Verdict")
@@ -62,9 +66,10 @@ def _verdict(gathered: Gathered) -> Markup:
 def _model(gathered: Gathered, folders: list[Folder], *, named: bool) -> Markup:
     facts = folders[0].facts
     assert facts is not None
-    told = [f"This is {card_words.kind(facts)}.", card_words.bits_sentence(facts), card_words.sparsity_sentence(facts)]
+    this = "This is" if all(folder.ok for folder in folders) else "By its certificate this is"
+    told = [f"{this} {card_words.kind(facts)}.", card_words.bits_sentence(facts), card_words.sparsity_sentence(facts)]
     told += [one for one in (card_words.cut_sentence(facts), card_words.adapters_sentence(facts)) if one]
-    parts = [tag("h2", f"{words.model_name(folders)}: {_form(folders)}")] if named else []
+    parts = [tag("h2", f"{words.model_name(folders)}: {_form(folders)}", class_="model")] if named else []
     parts += [tag("p", " ".join(told), class_="lead"), _tiles(gathered, folders), _folders(gathered, folders)]
     return join(parts)
 
@@ -86,7 +91,7 @@ def _tiles(gathered: Gathered, folders: list[Folder]) -> Markup:
     return tag("div", *tiles, class_="tiles")
 
 
-def _tile(name: str, value: str, unit: str, note: str, picture: Markup | None = None) -> Markup:
+def _tile(name: str, value: str, unit: str, note: object, picture: Markup | None = None) -> Markup:
     small = " words" if len(value) > 11 else ""
     shown = tag("p", value, tag("span", f" {unit}", class_="unit") if unit else None, class_=f"value{small}")
     inside = [tag("p", name, class_="name"), shown, tag("p", note, class_="note")]
@@ -95,7 +100,8 @@ def _tile(name: str, value: str, unit: str, note: str, picture: Markup | None = 
 
 def _speed(row: Row | None) -> Markup:
     if row is None:
-        return _tile("Speed", "not measured", "", "`sparseport bench` measures it; give its file with --bench")
+        how = join([tag("code", "sparseport bench"), " measures it; give its file with ", tag("code", "--bench")])
+        return _tile("Speed", "not measured", "", how)
     note = f"{figure(row.decode.least)} to {figure(row.decode.largest)}, {words.runs_where(row)}"
     return _tile("Speed", figure(row.decode.median), "tokens/s", note)
 

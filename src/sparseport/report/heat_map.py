@@ -96,9 +96,9 @@ def short_names(parts: Sequence[str]) -> list[str]:
     ]
 
 
-def shade(sparsity: float | None) -> int:
-    """Index of a shade, 0 for dense to 10 for nothing left."""
-    return 0 if sparsity is None else min(SHADES - 1, math.floor(sparsity * (SHADES - 1) + 0.5))
+def shade(sparsity: float | None) -> str:
+    """Name of a shade, 0 for nothing pruned to 10 for nothing left; `n` without a mask."""
+    return "n" if sparsity is None else str(min(SHADES - 1, math.floor(sparsity * (SHADES - 1) + 0.5)))
 
 
 def described(cell: Cell) -> str:
@@ -120,7 +120,12 @@ def legend(facts: ModelFacts) -> Markup:
         tag("svg", leaf("rect", class_=f"s{number}", width="100%", height="100%"), width="22", height="14")
         for number in range(SHADES)
     )
-    items = [tag("span", "0% pruned ", tag("span", scale, class_="ramp", aria_hidden="true"), " 100%")]
+    items = []
+    if facts.sparsity is not None:
+        items.append(tag("span", "0% pruned ", tag("span", scale, class_="ramp", aria_hidden="true"), " 100%"))
+    if any(layer.pruned is None for layer in facts.layers):
+        swatch = leaf("rect", class_="sn", width="14", height="14", rx="2")
+        items.append(tag("span", _key(swatch), " no mask"))
     items.append(tag("span", tag("b", "/".join(map(str, facts.by_bits))), " bits of a stored weight"))
     if any(layer.rank is not None for layer in facts.layers):
         items.append(

@@ -11,6 +11,7 @@ from sparseport import __version__
 from sparseport.errors import EnvironmentProblem, OutputExists, UsageError, VerificationError
 from sparseport.nls.search.front import read_result
 from sparseport.progress import Progress
+from sparseport.report import words
 from sparseport.report.bench_file import read_bench
 from sparseport.report.card import write_cards
 from sparseport.report.gather import Folder, Gathered, look, places_of
@@ -111,7 +112,7 @@ def require_report(result: ReportResult) -> None:
     lines = [*result.between, *(line for folder in result.folders for line in folder.differences)]
     wrong = [folder.name for folder in result.folders if not folder.ok]
     raise VerificationError(
-        f"{len(lines)} differences from the certificate: {'; '.join(lines[:5])}",
+        f"{words.differences(len(lines))} from the certificate: {'; '.join(lines[:5])}",
         where=", ".join(wrong) or result.folders[0].name,
         fix="export again, or copy the folder again from its source; the report says so in red",
     )

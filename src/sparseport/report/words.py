@@ -37,11 +37,10 @@ def verdict(gathered: Gathered) -> tuple[str, str]:
         )
     total = sum(len(folder.differences) for folder in wrong) + len(gathered.between)
     names = ", ".join(folder.name for folder in wrong) or "the folders"
-    differ = "1 difference" if total == 1 else f"{count(total)} differences"
     return (
         "Not verified. Do not rely on this model.",
-        f"{differ} from the certificate in {names}. What this page says below is what the certificate says, not what "
-        "is on disk. Export again, or copy the folder again from where it came from.",
+        f"{differences(total)} from the certificate in {names}. What this page says below is what the certificate "
+        "says, not what is on disk. Export again, or copy the folder again from where it came from.",
     )
 
 
@@ -61,9 +60,12 @@ def model_name(folders: Sequence[Folder]) -> str:
 
 def folder_verdict(folder: Folder) -> str:
     """One folder's verdict in a few words."""
-    if folder.ok:
-        return "verified"
-    return "1 difference" if len(folder.differences) == 1 else f"{count(len(folder.differences))} differences"
+    return "verified" if folder.ok else differences(len(folder.differences))
+
+
+def differences(number: int) -> str:
+    """`1 difference`, `12 differences`."""
+    return "1 difference" if number == 1 else f"{count(number)} differences"
 
 
 def changed_values(folders: list[Folder]) -> tuple[str, str]:
