@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparseport.checkpoints.readme import FILE_NAME
+from sparseport.errors import printable
 from sparseport.model_card import words
 from sparseport.model_card.facts import Layer, ModelFacts
 from sparseport.model_card.loading import snippets
@@ -116,7 +117,11 @@ def metadata(facts: ModelFacts) -> dict[str, Any]:
 def _metadata(facts: ModelFacts) -> str:
     import yaml
 
-    return str(yaml.safe_dump(metadata(facts), sort_keys=False, allow_unicode=True, default_flow_style=False))
+    shown = {
+        key: [printable(one) for one in value] if isinstance(value, list) else printable(value)
+        for key, value in metadata(facts).items()
+    }
+    return str(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True, default_flow_style=False))
 
 
 def _tags(facts: ModelFacts) -> list[str]:

@@ -33,7 +33,7 @@ def verdict(gathered: Gathered) -> tuple[str, str]:
         return (
             f"Verified. {what} {which}, bit for bit.",
             f"For this report {count(files)} files, {count(linears)} linear layers and {count(tensors)} other tensors "
-            "were read from disk again and compared with the certificate. None differs.",
+            "were read from disk again and compared with the certificate. Nothing differs.",
         )
     total = sum(len(folder.differences) for folder in wrong) + len(gathered.between)
     names = ", ".join(folder.name for folder in wrong) or "the folders"
