@@ -6,7 +6,6 @@ The public functions are loaded on first use, so that importing the package stay
 from __future__ import annotations
 
 from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0.dev0"
@@ -21,17 +20,6 @@ _PUBLIC = {
 }
 
 __all__ = ["Certificate", "Recipe", "add_adapter", "export", "report", "verify"]
-
-
-class PublicPackage(ModuleType):
-    """A package that can be called like the public function of its name.
-
-    As soon as a module of `sparseport.verify` is imported, Python makes that name the package, for everyone.
-    """
-
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
-        name = self.__name__.rpartition(".")[2]
-        return getattr(import_module(_PUBLIC[name]), name)(*arguments, **options)
 
 
 def __getattr__(name: str) -> Any:

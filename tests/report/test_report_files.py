@@ -19,7 +19,7 @@ Change = Callable[[dict[str, Any]], Any]
 
 
 def test_a_bench_file_is_read(tmp_path: Path) -> None:
-    found = read_bench(written(tmp_path / "b.json", bench(bench_row("one", "aa"), chosen=0, later_key=1)))
+    found = read_bench(written(tmp_path / "b.json", bench(bench_row("one", "aa"), chosen="one", later_key=1)))
     (row,) = found.rows
     assert (row.decode.median, row.decode.least, row.decode.largest, row.decode.samples) == (87.5, 83.125, 91.875, 3)
     assert (row.kl, row.top1, row.limit, row.seal, row.energy_j) == (0.0137, 0.9107, (233.0, 0.375), "aa", None)
@@ -46,9 +46,11 @@ def test_a_bench_file_is_read(tmp_path: Path) -> None:
         (lambda d: d["rows"][0].update(size_bytes=1.5), "rows[0], size_bytes"),
         (lambda d: d["rows"][0].update(drift=[1]), "rows[0], drift"),
         (lambda d: d["rows"][0].update(settings={"a": [1]}), "rows[0], settings, a"),
-        (lambda d: d.update(chosen=1), "chosen row"),
+        (lambda d: d.update(chosen="two"), "chosen row"),
+        (lambda d: d.update(chosen=0), "chosen"),
         (lambda d: d["machine"].pop("processor"), "machine, processor"),
         (lambda d: d["machine"].update(cores="two"), "machine, cores"),
+        (lambda d: d.update(budget={"kl": []}), "budget, kl"),
         (lambda d: d.update(missing=["llama.cpp"]), "missing[0]"),
         (lambda d: d.update(asked=None), "asked"),
     ],
@@ -59,6 +61,20 @@ def test_a_damaged_bench_file_is_refused_by_its_place(tmp_path: Path, change: Ch
     with pytest.raises(BadInput) as caught:
         read_bench(written(tmp_path / "b.json", content))
     assert named in str(caught.value) and "b.json" in str(caught.value)
+
+
+def test_a_sweep_is_a_bench_with_a_choice(tmp_path: Path) -> None:
+    """The file of a sweep names its choice by label; the evidence in a folder is one row's settings."""
+    rows = [bench_row("own", settings={}), bench_row("swept", settings={"KV_CACHE_PRECISION": "u8", "THREADS": 2})]
+    budget = {"kl": 0.02, "top1": 0.9, "tokens": 256, "prefer": "decode"}
+    whole = bench(*rows, kind="sparseport-sweep", chosen="swept", budget=budget, sweeps=[])
+    found = read_bench(written(tmp_path / "s.json", whole))
+    assert found.chosen == 1 and found.asked["budget, kl"] == "0.02"
+    evidence = {key: whole[key] for key in ("schema", "kind", "sparseport", "machine", "asked", "budget", "rows")}
+    evidence["sweep"] = {"model": "a", "settings": {"THREADS": 2, "KV_CACHE_PRECISION": "u8"}, "written": True}
+    assert read_bench(written(tmp_path / "e.json", evidence)).chosen == 1
+    evidence["machine"] = {**whole["machine"], "cores": None, "bandwidth_gb_s": None}
+    assert "cores" not in read_bench(written(tmp_path / "e.json", evidence)).machine
 
 
 def test_a_newer_bench_file_asks_for_an_upgrade(tmp_path: Path) -> None:

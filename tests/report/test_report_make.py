@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,17 @@ import yaml
 
 import sparseport
 from e2e.in_process import in_process
-from report.fakes import bench, bench_row, fake_folder, naive, written, written_search
+from report.fakes import bench, bench_row, body, fake_folder, naive, written, written_search
 from report.html_checks import checked
 from sparseport.cli import main
 from sparseport.errors import BadInput, OutputExists, SparseportError, UsageError
 from sparseport.further import add_adapter
 from sparseport.pipeline import export
 from sparseport.recipe import make_recipe
-from sparseport.report.gather import SEALS_BEFORE, places_of
-from sparseport.verify.certificate import Certificate
+from sparseport.report import make
+from sparseport.report.bench_file import EVIDENCE, read_bench
+from sparseport.report.gather import SEALS_BEFORE, Place, looked_at, places_of
+from sparseport.verify.certificate import Certificate, file_facts
 from sparseport.verify.folder import verify
 
 pytest.importorskip("openvino")
@@ -174,6 +177,24 @@ def test_a_card_is_written_anew_and_certified(copy: Path, tmp_path: Path) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b.json", "out", "page.html"]
 
 
+def test_the_evidence_of_a_sweep_is_shown_by_itself(tmp_path: Path) -> None:
+    """A folder that got its settings from a sweep has other seals than what was measured; its own evidence counts."""
+    rows = [bench_row("own", "77" * 32, 80.0, settings={}), bench_row("swept", "77" * 32, 96.0, settings={"A": "1"})]
+    whole = bench(*rows, kind="sparseport-sweep")
+    place = tmp_path / "out"
+    place.mkdir()
+    file = written(place / EVIDENCE, {**whole, "sweep": {"settings": {"A": "1"}}})
+    data = body()
+    data["files"][EVIDENCE] = file_facts(file)
+    fake_folder(place, data)
+    found = looked_at(Place(place, "out"), (4, 6, 1))
+    assert found.ok and found.evidence is not None and found.evidence.chosen == 1 and "77" * 32 in found.seals
+    given = read_bench(written(tmp_path / "sweep.json", {**whole, "chosen": "swept"}))
+    assert make._within(found.evidence, given) and not make._within(given, replace(given, rows=given.rows[:1]))
+    file.write_text("{}")
+    assert looked_at(Place(place, "out"), (4, 6, 1)).differences == (f"{EVIDENCE}: this is no bench file",)
+
+
 def test_a_card_does_not_reach_through_links(copy: Path, tmp_path: Path) -> None:
     """The stage is made of links to the folder's files: a hard link to one of them elsewhere keeps its content."""
     kept = tmp_path / "kept.md"
@@ -205,7 +226,6 @@ def test_a_further_adapter_enters_the_card(tiny_sparse: Path, tmp_path: Path) ->
 
 def test_bad_input_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is verified, and nothing is written."""
-    import sparseport.report.make as make
 
     def never(*_: Any) -> Any:
         raise AssertionError("work began")

@@ -215,7 +215,7 @@ def test_hundreds_of_blocks_and_experts_stay_readable(tmp_path: Path) -> None:
 
 def test_a_sweep_names_its_choice(tmp_path: Path) -> None:
     rows = [bench_row("slow"), bench_row("quick", decode=120.0)]
-    found = read_bench(written(tmp_path / "b.json", bench(*rows, chosen=1)))
+    found = read_bench(written(tmp_path / "b.json", bench(*rows, kind="sparseport-sweep", chosen="quick")))
     text = page(gathered(looked(tmp_path / "a"), benches=(found,)))
     assert text.count("chosen by the sweep") == 1
     assert text.index("chosen by the sweep") > text.index(">quick<")

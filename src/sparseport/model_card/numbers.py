@@ -10,8 +10,8 @@ _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 def percent(share: float) -> str:
     """A share of 1 in percent: one digit after the point, more where one would make it look like none or all."""
-    if share in (0, 1):
-        return f"{share:.0%}"
+    if share == 0 or share >= 1:
+        return f"{share:.0%}" if share in (0, 1) else f"{share:.1%}"
     for digits in (1, 2, 3, 4):
         text = f"{share:.{digits}%}"
         if text.rstrip("%").strip("0") != "." and not text.startswith("100"):

@@ -1,4 +1,4 @@
-"""What `sparseport bench --output FILE` wrote, as checked data."""
+"""What `sparseport bench --output FILE` wrote, with or without --sweep, as checked data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from sparseport.errors import BadInput, Unsupported
 from sparseport.report.checked import Fields, read_fields
 
 SCHEMA = 1
-KIND = "sparseport-bench"
+KINDS = ("sparseport-bench", "sparseport-sweep")
+EVIDENCE = "sparseport.sweep.json"
+"""File in a folder that a sweep gave its settings: what was measured of it then."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Bench:
     absent     device -> why it was not there
     missing    engine -> why it is missing and how to get it
     failed     label -> why it failed
-    chosen     index of the row that a sweep chose
+    chosen     index of the row that a sweep chose, or None
     """
 
     name: str
@@ -92,11 +94,11 @@ def read_bench(path: Path) -> Bench:
     """
     data = read_fields(path, "bench file")
     schema, kind = data.data.get("schema"), data.data.get("kind")
-    if kind != KIND:
+    if kind not in KINDS:
         raise BadInput(
             "this is no bench file",
             where=path,
-            expected=f"kind {KIND}",
+            expected=f"kind {' or '.join(KINDS)}",
             found=repr(kind)[:40],
             fix="make one with `sparseport bench DIR --output FILE`",
         )
@@ -113,28 +115,27 @@ def read_bench(path: Path) -> Bench:
     machine, asked = data.part("machine"), data.part("asked")
     rows = tuple(_row(row) for row in data.parts("rows", required=True))
     devices = list(data.parts("devices"))
-    chosen = data.count("chosen") if data.has("chosen") else None
-    if chosen is not None and chosen >= len(rows):
-        raise BadInput("the chosen row is not there", where=path, expected=f"below {len(rows)}", found=chosen)
     return Bench(
         path.name,
         data.text("sparseport", "unknown"),
         _machine(machine),
         machine.texts("versions"),
         (machine.optional("load_before"), machine.optional("load_after")),
-        {key: str(value) for key, value in asked.data.items() if value is not None},
+        {key: str(value) for key, value in asked.data.items() if value is not None}
+        | {f"budget, {key}": value for key, value in data.texts("budget").items()},
         asked.count("prompt"),
         {one.text("name"): one.text("full_name", "") for one in devices if one.data.get("present") is True},
         {one.text("name"): one.text("why", "") for one in devices if one.data.get("present") is not True},
         {one.text("engine"): (one.text("why", ""), one.text("fix", "")) for one in data.parts("missing")},
         tuple((one.text("label"), one.text("engine"), one.text("why", "")) for one in data.parts("failed")),
         rows,
-        chosen,
+        _chosen(data, rows),
     )
 
 
 def _machine(machine: Fields) -> dict[str, str]:
-    found = {"processor": machine.text("processor"), "cores": str(machine.count("cores"))}
+    found = {"processor": machine.text("processor")}
+    found |= {"cores": str(machine.count("cores"))} if machine.has("cores") else {}
     memory, bandwidth = machine.optional("memory_gib"), machine.maybe("bandwidth_gb_s")
     found |= {} if memory is None else {"memory": f"{memory:.1f} GiB"}
     flags = machine.data.get("flags")
@@ -146,6 +147,31 @@ def _machine(machine: Fields) -> dict[str, str]:
         found["memory bandwidth"] = f"{middle:.1f} GB/s [{low:.1f}-{high:.1f}]{threads}"
     found |= {name: machine.text(name) for name in ("system", "python") if machine.has(name)}
     return found
+
+
+def _chosen(data: Fields, rows: tuple[Row, ...]) -> int | None:
+    """Index of the chosen row: a sweep names it by its label, and the evidence in a folder by its settings.
+
+    Raises:
+        BadInput: there is no such row.
+    """
+    sweep = data.maybe("sweep")
+    if sweep is not None:
+        settings = sweep.texts("settings")
+        return next((number for number, row in enumerate(rows) if row.settings == settings), None)
+    if not data.has("chosen"):
+        return None
+    label = data.text("chosen")
+    index = next((number for number, row in enumerate(rows) if row.label == label), None)
+    if index is None:
+        raise BadInput("the chosen row is not there", where=data.where, expected="the label of a row", found=label[:80])
+    return index
+
+
+def machine_name(bench: Bench) -> str:
+    """`AMD EPYC, 2 cores`."""
+    cores = bench.machine.get("cores")
+    return bench.machine["processor"] + (f", {cores} cores" if cores else "")
 
 
 def _row(row: Fields) -> Row:

@@ -15,7 +15,7 @@ from sparseport.model_card.text import Measured, Speed
 from sparseport.model_card.words import drift_words
 from sparseport.model_card.writing import with_card
 from sparseport.publish import link_or_copy, staged_output
-from sparseport.report.bench_file import Bench, Row, Summary
+from sparseport.report.bench_file import Bench, Row, Summary, machine_name
 from sparseport.report.gather import SEALS_BEFORE, Folder, Given, looked_at
 from sparseport.report.words import engine_name
 from sparseport.verify.certificate import FILE_NAME, Certificate, certified_folders
@@ -59,7 +59,7 @@ def measured_of(folder: Folder, benches: Sequence[Bench]) -> list[Measured]:
     for bench in benches:
         rows = tuple(_speed(row) for row in bench.rows if folder.measured(row))
         if rows:
-            found.append(Measured(f"{bench.machine['processor']}, {bench.machine['cores']} cores", rows))
+            found.append(Measured(machine_name(bench), rows))
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sparseport.checkpoints.json_files import read_json
@@ -11,7 +11,7 @@ from sparseport.errors import BadInput, VerificationError
 from sparseport.model_card.facts import ModelFacts, model_facts
 from sparseport.nls.search.front import SearchResult
 from sparseport.progress import Progress
-from sparseport.report.bench_file import Bench, Row
+from sparseport.report.bench_file import EVIDENCE, Bench, Row, read_bench
 from sparseport.report.naive_file import Naive
 from sparseport.verify.certificate import FILE_NAME, TARGETS, Certificate, exported_folders
 from sparseport.verify.folder import Verdict, strangers, unequal_weights, verify
@@ -28,7 +28,8 @@ class Folder:
     differences  from its certificate; empty if it verifies
     facts        None where there is no certificate to take them from
     seal, proof  SHA-256 of the certificate, and of the part of it that is the same on every machine
-    seals        by which measurements of this folder are known: its own, and those before its card was written anew
+    seals        by which measurements of this folder are known: its own, those before its card was written anew, and
+                 those that stand in the evidence of its sweep
     files        name -> size in bytes and SHA-256, as certified
     weights      digest of each layer's merged weight, by which folders of one model are known
     """
@@ -41,6 +42,8 @@ class Folder:
     seals: tuple[str, ...] = ()
     files: dict[str, tuple[int, str]] = field(default_factory=dict)
     weights: tuple[tuple[str, str], ...] = ()
+    evidence: Bench | None = None
+    """What a sweep measured when it gave the folder its settings."""
     compared: tuple[int, int, int] = (0, 0, 0)
     """How many files, linear layers and other tensors were compared."""
 
@@ -180,16 +183,24 @@ def _folder(place: Place, verdict: Verdict) -> Folder:
         differences.append(f"{FILE_NAME}: {error.what} ({_without_path(error.where or '', place)})")
     except BadInput as error:
         differences.append(f"config.json: {error.what}")
+    evidence = None
+    if EVIDENCE in certificate.files and not differences:
+        try:
+            evidence = replace(read_bench(place.path / EVIDENCE), name=f"{place.name}/{EVIDENCE}")
+        except BadInput as error:
+            differences.append(f"{EVIDENCE}: {error.what}")
     seal = certificate.seal()
+    measured = () if evidence is None else tuple(row.seal for row in evidence.rows if row.seal is not None)
     return Folder(
         place.name,
         tuple(differences),
         facts,
         seal,
         certificate.proof(),
-        (seal, *_seals_before(certificate)),
+        (seal, *_seals_before(certificate), *measured),
         {name: (one["size"], one["sha256"]) for name, one in sorted(certificate.files.items())},
         tuple(sorted((name, str(one.get("weight_sha256"))) for name, one in certificate.linears.items())),
+        evidence,
         (verdict.files, verdict.linears, verdict.tensors),
     )
 

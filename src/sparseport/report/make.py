@@ -12,7 +12,7 @@ from sparseport.errors import EnvironmentProblem, OutputExists, UsageError, Veri
 from sparseport.nls.search.front import read_result
 from sparseport.progress import Progress
 from sparseport.report import words
-from sparseport.report.bench_file import read_bench
+from sparseport.report.bench_file import Bench, read_bench
 from sparseport.report.card import write_cards
 from sparseport.report.gather import Folder, Gathered, look, places_of
 from sparseport.report.naive_file import read_naive
@@ -69,7 +69,7 @@ def report(
     Args:
         folders: exported folders, of one target or of several.
         output: the page; an older one is replaced, any other file is not.
-        bench: files of `sparseport bench`.
+        bench: files of `sparseport bench`; the evidence that a sweep left in a folder is shown by itself.
         search: `search.json` of a search.
         naive: comparison of ways, as `benchmarks/fidelity.py` writes it.
         card: also write README.md in every folder anew, with measured logits and the speeds of the bench files. Each
@@ -89,6 +89,11 @@ def report(
     found = None if search is None else (Path(search).name, read_result(Path(search)))
     compared = None if naive is None else read_naive(Path(naive))
     looked, between = look(given, progress)
+    benches += tuple(
+        folder.evidence
+        for folder in looked
+        if folder.evidence is not None and not any(_within(folder.evidence, one) for one in benches)
+    )
     cards: tuple[str, ...] = ()
     if card and not between and all(folder.ok for folder in looked):
         with progress.task("writing model cards"):
@@ -99,6 +104,11 @@ def report(
     gathered = Gathered(__version__, tuple(looked), tuple(between), benches, found, compared)
     _write(output, page(gathered))
     return ReportResult(output, gathered.ok, gathered.folders, gathered.between, cards)
+
+
+def _within(evidence: Bench, bench: Bench) -> bool:
+    """Whether everything in a folder's evidence stands in a bench file too."""
+    return all(row in bench.rows for row in evidence.rows)
 
 
 def require_report(result: ReportResult) -> None:

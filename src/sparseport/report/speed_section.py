@@ -5,7 +5,7 @@ from __future__ import annotations
 from sparseport.model_card.numbers import figure, percent, size
 from sparseport.report import words
 from sparseport.report.bars import bar
-from sparseport.report.bench_file import Bench, Row, Summary
+from sparseport.report.bench_file import Bench, Row, Summary, machine_name
 from sparseport.report.gather import Gathered
 from sparseport.report.html import Markup, details, join, table, tag
 
@@ -27,8 +27,7 @@ def speed_section(gathered: Gathered) -> Markup:
 
 
 def _bench(bench: Bench, gathered: Gathered) -> Markup:
-    machine = ", ".join([bench.machine["processor"], f"{bench.machine['cores']} cores"])
-    parts = [tag("h3", machine)] if bench.rows else []
+    parts = [tag("h3", machine_name(bench))] if bench.rows else []
     parts.append(tag("p", words.speed_sentence(bench, gathered)))
     if bench.rows:
         decode = [row.limit[0] for row in bench.rows if row.limit is not None]
