@@ -122,14 +122,16 @@ def test_markdown_parts() -> None:
 
 
 @pytest.mark.parametrize("target", ["openvino", "onnx"])
-@pytest.mark.parametrize("tokenizer", [True, False])
+@pytest.mark.parametrize(("tokenizer", "chat"), [(True, True), (True, False), (False, False)])
 @pytest.mark.parametrize("adapters", [[], ["adapter.safetensors"]])
 @pytest.mark.parametrize("folder", ["out/x", 'it\'s "a" \\ folder', "a\nb", "{x}"])
-def test_code_to_load_a_folder_is_python(target: str, tokenizer: bool, adapters: list[str], folder: str) -> None:
+def test_code_to_load_a_folder_is_python(
+    target: str, tokenizer: bool, chat: bool, adapters: list[str], folder: str
+) -> None:
     """It compiles, and the folder's name in it is the folder's name."""
     import ast
 
-    found = snippets(target, folder, tokenizer, adapters)
+    found = snippets(target, folder, tokenizer, adapters, chat=chat)
     assert found
     for snippet in found:
         tree = ast.parse(snippet.code)

@@ -100,6 +100,7 @@ class ModelFacts:
     adapters  file -> number of layers that it has branches for
     runs      measured logits; empty with --no-numerics
     sample    tokens that the logits were compared on
+    chat      whether there is a chat template in a file of its own
     origin    see `model_card.origin`
     """
 
@@ -116,6 +117,7 @@ class ModelFacts:
     runs: tuple[Run, ...]
     sample: int
     tokenizer: bool
+    chat: bool
     config: Mapping[str, Any]
     recipe: Mapping[str, Any]
     inputs: Mapping[str, Any]
@@ -204,6 +206,7 @@ def model_facts(certificate: Certificate, config: Mapping[str, Any]) -> ModelFac
             _runs(body.get("numerics", {})),
             _count(body.get("numerics", {}).get("tokens", 0)),
             "tokenizer.json" in certificate.files or "tokenizer.model" in certificate.files,
+            "chat_template.jinja" in certificate.files,
             config,
             _mapping(body.get("recipe", {})),
             _mapping(body.get("inputs", {})),

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-PROMPT = "Dim the kitchen lights to 40 percent."
+PROMPT = "Why does ice float on water?"
 _PROMPT = f'"{PROMPT}"'
+_QUESTION = f'[{{"role": "user", "content": {_PROMPT}}}]'
 _WITHOUT_TOKENIZER = (
     "The folder has no tokenizer (it was exported with --no-tokenizer), so token ids go in and come out."
 )
@@ -22,7 +23,9 @@ class Snippet:
     note: str = ""
 
 
-def snippets(target: str, folder: str, tokenizer: bool, adapters: Sequence[str] = ()) -> list[Snippet]:
+def snippets(
+    target: str, folder: str, tokenizer: bool, adapters: Sequence[str] = (), *, chat: bool = False
+) -> list[Snippet]:
     """Code that loads a folder and lets the model answer.
 
     Args:
@@ -30,15 +33,16 @@ def snippets(target: str, folder: str, tokenizer: bool, adapters: Sequence[str] 
         folder: its name, as the code is to have it.
         tokenizer: whether the folder has one.
         adapters: files of un-merged adapters in it.
+        chat: whether it has a chat template, so that the code asks as a user would.
     """
     name = _quoted(folder)
-    found = _openvino(name, tokenizer) if target == "openvino" else _onnx(name, tokenizer)
+    found = _openvino(name, tokenizer, chat) if target == "openvino" else _onnx(name, tokenizer, chat)
     if adapters and tokenizer:
         found.append(_with_adapter(target, folder, sorted(adapters)[0]))
     return found
 
 
-def _openvino(name: str, tokenizer: bool) -> list[Snippet]:
+def _openvino(name: str, tokenizer: bool, chat: bool) -> list[Snippet]:
     optimum, genai = "Optimum Intel", "OpenVINO GenAI"
     load = f"model = OVModelForCausalLM.from_pretrained({name})"
     if not tokenizer:
@@ -47,37 +51,40 @@ import torch
 from optimum.intel import OVModelForCausalLM
 
 {load}
-print(model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=16))"""
+print(model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=64))"""
         return [Snippet(optimum, "pip install optimum-intel[openvino]", code, _WITHOUT_TOKENIZER)]
     first = f"""\
 import openvino_genai
 
 pipe = openvino_genai.LLMPipeline({name}, "CPU")
-print(pipe.generate({_PROMPT}, max_new_tokens=16))"""
+print(pipe.generate({_PROMPT}, max_new_tokens=64))"""
     second = f"""\
 from optimum.intel import OVModelForCausalLM
 from transformers import AutoTokenizer, pipeline
 
 {load}
 tokenizer = AutoTokenizer.from_pretrained({name})
-print(pipeline("text-generation", model=model, tokenizer=tokenizer)({_PROMPT}, max_new_tokens=16))"""
+answer = pipeline("text-generation", model=model, tokenizer=tokenizer)
+print(answer({_QUESTION if chat else _PROMPT}, max_new_tokens=64))"""
     return [
         Snippet(genai, "pip install openvino-genai", first),
         Snippet(optimum, "pip install optimum-intel[openvino]", second),
     ]
 
 
-def _onnx(name: str, tokenizer: bool) -> list[Snippet]:
-    tokens = f"tokenizer.encode({_PROMPT})" if tokenizer else "[1, 2, 3]"
+def _onnx(name: str, tokenizer: bool, chat: bool) -> list[Snippet]:
+    asked = f"tokenizer.apply_chat_template('{_QUESTION}', add_generation_prompt=True)" if chat else _PROMPT
+    tokens = "tokenizer.encode(prompt)" if tokenizer else "[1, 2, 3]"
+    prompt = f"prompt = {asked}\n" if tokenizer else ""
     answer = "generator.get_sequence(0)"
     code = f"""\
 import onnxruntime_genai as og
 
 model = og.Model({name})
 {"tokenizer, " if tokenizer else ""}parameters = {"og.Tokenizer(model), " if tokenizer else ""}og.GeneratorParams(model)
-parameters.set_search_options(max_length=64)
+parameters.set_search_options(max_length=128)
 generator = og.Generator(model, parameters)
-generator.append_tokens({tokens})
+{prompt}generator.append_tokens({tokens})
 while not generator.is_done():
     generator.generate_next_token()
 print({f"tokenizer.decode({answer})" if tokenizer else answer})"""
@@ -94,7 +101,7 @@ import openvino_genai as genai
 adapter, scheduler = genai.Adapter({path}), genai.SchedulerConfig()
 scheduler.enable_prefix_caching = False
 pipe = genai.LLMPipeline({name}, "CPU", adapters=genai.AdapterConfig(adapter), scheduler_config=scheduler)
-print(pipe.generate({_PROMPT}, max_new_tokens=16, adapters=genai.AdapterConfig(adapter)))"""
+print(pipe.generate({_PROMPT}, max_new_tokens=64, adapters=genai.AdapterConfig(adapter)))"""
         note = "Caching of prefixes is off because GenAI's cache does not know which adapter its entries came from."
         return Snippet("OpenVINO GenAI, with its adapter", "pip install openvino-genai", code, note)
     code = f"""\

@@ -142,7 +142,7 @@ def _sentence(text: str) -> str:
 
 def _loading(facts: ModelFacts) -> list[str]:
     parts = []
-    for snippet in snippets(facts.target, FOLDER, facts.tokenizer, list(facts.adapters)):
+    for snippet in snippets(facts.target, FOLDER, facts.tokenizer, list(facts.adapters), chat=facts.chat):
         parts += [f"{snippet.runtime} (`{snippet.install}`):", block("python", snippet.code)]
         parts += [snippet.note] if snippet.note else []
     return parts

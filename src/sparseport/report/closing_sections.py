@@ -20,7 +20,8 @@ def loading_section(gathered: Gathered) -> Markup:
         parts.append(tag("p", "The verdict above is bad: this is for a copy that verifies.", class_="empty"))
     for folder in folders:
         assert folder.facts is not None
-        for snippet in snippets(folder.facts.target, folder.name, folder.facts.tokenizer, list(folder.facts.adapters)):
+        facts = folder.facts
+        for snippet in snippets(facts.target, folder.name, facts.tokenizer, list(facts.adapters), chat=facts.chat):
             told = [tag("code", folder.name), " with ", tag("b", snippet.runtime)]
             inside = [tag("h4", *told), tag("pre", tag("code", snippet.code), tabindex="0")]
             inside.append(tag("p", tag("code", snippet.install), class_="install"))
