@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sparseport.plan import Plan
     from sparseport.progress import Progress
     from sparseport.recipe import Recipe, make_recipe
+    from sparseport.report.make import report as write_report
     from sparseport.verify.certificate import Certificate
     from sparseport.verify.folder import Verdict
     from sparseport.verify.folder import verify as verify_export
@@ -56,6 +57,7 @@ _PUBLIC = {
     "Asked": "sparseport.bench.rounds:Asked",
     "sweep_folders": "sparseport.bench.sweeping:sweep_folders",
     "Budget": "sparseport.bench.sweep:Budget",
+    "write_report": "sparseport.report.make:report",
     "run_job": "sparseport.job.run:run_job",
     "search_sub_networks": "sparseport.job.search:search_sub_networks",
     "Progress": "sparseport.progress:Progress",
@@ -87,6 +89,7 @@ __all__ = [
     "search_sub_networks",
     "sweep_folders",
     "verify_export",
+    "write_report",
 ]
 
 

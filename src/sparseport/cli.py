@@ -16,7 +16,7 @@ from typing import Any
 from sparseport import __version__
 from sparseport.errors import EnvironmentProblem, SparseportError, VerificationError
 from sparseport.offline import go_offline
-from sparseport.verbs import bench, evaluate, export, finetune, ovms, quantize, run, search, sparsify
+from sparseport.verbs import bench, evaluate, export, finetune, ovms, quantize, report, run, search, sparsify
 from sparseport.verbs.output import add_output, print_judged, print_result, progress_for
 from sparseport.verbs.reading import READING, add_reading
 
@@ -106,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     search.add_search(_verb(verbs, search.NAME, search.HELP, search.EXAMPLE))
     evaluate.add_evaluate(_verb(verbs, evaluate.NAME, evaluate.HELP, evaluate.EXAMPLE))
     bench.add_bench(_verb(verbs, bench.NAME, bench.HELP, bench.EXAMPLE))
+    report.add_report(_verb(verbs, report.NAME, report.HELP, report.EXAMPLE))
     run.add_run(_verb(verbs, run.NAME, run.HELP, run.EXAMPLE))
     ovms.add_ovms(_verb(verbs, ovms.NAME, ovms.HELP, ovms.EXAMPLE))
     return parser

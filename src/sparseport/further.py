@@ -16,9 +16,11 @@ import numpy as np
 from sparseport.branches import branch_facts, require_unmerged
 from sparseport.checkpoints.json_files import read_json
 from sparseport.checkpoints.peft import AdapterFolder
+from sparseport.checkpoints.readme import FILE_NAME as CARD
 from sparseport.errors import BadInput, OutputExists, Unsupported
 from sparseport.extras import require_packages
 from sparseport.fitting import Fit, fit_adapter
+from sparseport.model_card.writing import with_card
 from sparseport.progress import Progress
 from sparseport.publish import copy_linked, staged_output
 from sparseport.targets.read_back import open_reader
@@ -132,6 +134,8 @@ def _add(
             found = check_switched(folder, target, [file])
             body["numerics"] = {**body["numerics"], **found}
     sealed = Certificate(body)
+    if CARD in sealed.files:
+        sealed = with_card(sealed, folder)  # the card names the adapters
     (folder / FILE_NAME).unlink()  # a link to the old folder's, which stays as it is
     sealed.write(folder)
     return sealed

@@ -19,6 +19,8 @@ from sparseport.errors import SparseportError
 from sparseport.evidence import Facts, for_target, linear_facts, recipe_facts, revived_note, totals
 from sparseport.extras import require_packages
 from sparseport.merging import merge_planned
+from sparseport.model_card.origin import Origin, origin_of
+from sparseport.model_card.writing import with_card
 from sparseport.plan import Plan, make_plan, require_exportable
 from sparseport.progress import Progress
 from sparseport.publish import check_space, staged_output
@@ -168,6 +170,9 @@ def _export(
             tensors = _add_tensors(recipe, sources, layers, small, writers)
             with progress.task("hashing inputs"):
                 inputs = sources.facts()
+                origin = _origin(recipe, sources)
+                inputs |= {role: inputs.get(role, {}) | files for role, files in origin.files.items()}
+                layers.notes.extend(origin.notes)
             for target, writer in writers.items():
                 with progress.task(_step("building the graph", target, recipe)):
                     writer.save()
@@ -190,12 +195,22 @@ def _export(
             "target": target,
             "recipe": recipe_facts(recipe, target),
             "inputs": inputs,
+            "origin": origin.facts,
             "versions": {**writers[target].versions, "numpy": np.__version__},
         }
         facts = linears[target], tensors[target], writers[target].around, adapters[target]
         proof = _prove(recipe, target, folders[target], *facts, progress)
-        certificates[target] = Certificate({**body, **proof})
+        certificate = Certificate({**body, **proof})
+        certificates[target] = with_card(certificate, folders[target]) if recipe.card else certificate
     return certificates
+
+
+def _origin(recipe: Recipe, sources: Sources) -> Origin:
+    """What the inputs say of where the model comes from; a converted base has no README.md, but its file speaks."""
+    converted = recipe.base if "base" in sources.extra_files else None
+    roles = {"base": None if converted else sources.base, "sparse_base": sources.sparse, "adapter": sources.adapter}
+    folders = {role: folder.path for role, folder in roles.items() if folder is not None}
+    return origin_of(folders, sources.adapter.base_model_name if sources.adapter else "", converted)
 
 
 def _open_writer(

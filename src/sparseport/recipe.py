@@ -94,6 +94,7 @@ class Recipe(Strict):
     compress: CompressionRecipe = CompressionRecipe()
     onnx: OnnxRecipe = OnnxRecipe()
     tokenizer: bool = Field(True, description="put tokenizer and detokenizer into the folder")
+    card: bool = Field(True, description="put a model card into the folder: README.md with the metadata of model hubs")
     numerics: bool = Field(True, description="run the result and compare its logits with the reference")
     overwrite: bool = Field(False, description="replace an existing output")
     ignore_extra: bool = Field(False, description="leave out shard tensors that the index does not name")

@@ -31,6 +31,7 @@ _FIELDS = (
     "branch_dtype",
     "mask_policy",
     "tokenizer",
+    "card",
     "numerics",
     "overwrite",
 )
@@ -135,6 +136,7 @@ def add_export(verb: argparse.ArgumentParser, base: Sequence[str] = ("--base",))
         default=None,
         help="leave tokenizer and detokenizer out",
     )
+    verb.add_argument("--no-card", dest="card", action="store_false", default=None, help="leave README.md out")
     verb.add_argument(
         "--no-numerics",
         dest="numerics",

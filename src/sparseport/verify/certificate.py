@@ -80,8 +80,11 @@ class Certificate:
 
     def sealed(self) -> bytes:
         """The file's bytes: canonical JSON with the seal, and a newline."""
-        proven = {**self.body, _PROOF: self.proof()}
-        return canonical({**proven, _SEAL: hashlib.sha256(canonical(proven)).hexdigest()}) + b"\n"
+        return canonical({**self.body, _PROOF: self.proof(), _SEAL: self.seal()}) + b"\n"
+
+    def seal(self) -> str:
+        """SHA-256 of everything else in the certificate."""
+        return hashlib.sha256(canonical({**self.body, _PROOF: self.proof()})).hexdigest()
 
     def proof(self) -> str:
         """SHA-256 of the body without the measured logits."""
