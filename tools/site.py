@@ -1,7 +1,7 @@
 """Hook of mkdocs: files outside docs/ that pages link to become pages of the site, and links follow them.
 
-On GitHub a page under docs/ links to `../examples/NAME.py` or `../CONTRIBUTING.md`; on the site both are pages. Links to
-other files of the repository, such as sources and tests, are text there.
+On GitHub a page under docs/ links to `../examples/NAME.py` or `../CONTRIBUTING.md`; on the site both are pages. Links
+to other files of the repository, such as sources and tests, are text there.
 """
 
 from __future__ import annotations
