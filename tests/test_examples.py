@@ -243,6 +243,16 @@ def test_examples_import_only_what_is_there() -> None:
                 assert not [alias.name for alias in node.names if alias.name.startswith("_")], path.name
 
 
+def test_the_certificate_page_explains_every_key(work: Path) -> None:
+    """Of a merged INT4 model with its logit check, of an ONNX folder, and of adapters in files."""
+    from docs.certificate_keys import unexplained
+
+    files = sorted(work.rglob("sparseport.json"))
+    assert {path.parent.name for path in files} >= {"qa", "openvino", "onnx", "switched"}
+    for path in files:
+        assert unexplained(json.loads(path.read_text(encoding="utf-8"))) == [], path
+
+
 def test_nothing_is_written_beside_the_output(work: Path) -> None:
     """Runs last: what the examples left behind is what they were told to write."""
     made: set[Any] = {path.name for path in work.iterdir()}
