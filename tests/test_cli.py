@@ -15,7 +15,10 @@ import pytest
 from sparseport import cli
 from sparseport.errors import FidelityError
 
-VERBS = (*("export", "verify", "inspect", "demo", "sparsify", "quantize", "finetune", "search", "evaluate", "run"),)
+VERBS = (
+    *("export", "verify", "inspect", "demo", "sparsify", "quantize", "finetune", "search", "evaluate", "run"),
+    "ovms",
+)
 
 
 def run(capsys, *arguments):
@@ -145,18 +148,26 @@ def test_whatever_happens_has_a_status_and_one_line(capsys, monkeypatch, raised,
 
 
 @pytest.mark.parametrize(
-    ("arguments", "text"),
+    ("arguments", "runs", "text"),
     [
-        (["export", "--base", "b", "--output", "o"], "interrupted; no half-written output was left\n"),
-        (["verify", "x"], "interrupted; nothing was written\n"),
-        (["demo"], "interrupted; finished steps are kept, and the same command goes on from there\n"),
+        (
+            ["export", "--base", "b", "--output", "o"],
+            "sparseport.verbs.export.run_export",
+            "interrupted; no half-written output was left\n",
+        ),
+        (["verify", "x"], "sparseport.cli._run_verify", "interrupted; nothing was written\n"),
+        (
+            ["demo"],
+            "sparseport.cli._run_demo",
+            "interrupted; finished steps are kept, and the same command goes on from there\n",
+        ),
     ],
 )
-def test_ctrl_c_says_what_became_of_the_work(capsys, monkeypatch, arguments, text):
+def test_ctrl_c_says_what_became_of_the_work(capsys, monkeypatch, arguments, runs, text):
     def fail(options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, f"_run_{arguments[0]}", fail)
+    monkeypatch.setattr(runs, fail)
     assert run(capsys, *arguments) == (130, "", text)
 
 

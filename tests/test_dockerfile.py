@@ -186,6 +186,11 @@ def test_copied_files_alone_build_the_package(tmp_path: Path) -> None:
 
     modules = {p.relative_to(REPO / "src") for p in (REPO / "src").rglob("*.py") if ".egg-info" not in str(p)}
     assert {module for module in modules if not (installed / module).is_file()} == set()
+    # The plugin for optimum-cli lies in optimum's own namespace, which one __init__.py of ours would close.
+    register = Path("optimum", "commands", "register")
+    assert [path.relative_to(installed) for path in (installed / "optimum").rglob("*.py")] == [
+        register / "register_sparseport.py"
+    ]
 
 
 def copy_from_context(source: str, destination: Path) -> None:

@@ -8,26 +8,32 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from sparseport import __version__
-from sparseport.errors import EnvironmentProblem, SparseportError, UsageError, VerificationError
+from sparseport.errors import EnvironmentProblem, SparseportError, VerificationError
 from sparseport.offline import go_offline
-from sparseport.progress import Progress
-from sparseport.verbs import bench, evaluate, finetune, quantize, run, search, sparsify
+from sparseport.verbs import bench, evaluate, export, finetune, ovms, quantize, run, search, sparsify
+from sparseport.verbs.output import add_output, print_judged, print_result, progress_for
+from sparseport.verbs.reading import READING, add_reading
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a verb; returns the process exit status (see `sparseport.errors` for their meaning)."""
     with _own_process():
-        return _main(arguments)
+        return _run(_parser().parse_args(arguments))
 
 
-def _main(arguments: list[str] | None) -> int:
-    options = _parser().parse_args(arguments)
+def run_parsed(options: argparse.Namespace) -> int:
+    """Run a verb whose options another command line parsed; returns the exit status, as `main` does."""
+    with _own_process():
+        return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         return int(options.run(options))
     except SparseportError as error:
@@ -90,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"sparseport {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    _add_export(verbs)
+    export.add_export(_verb(verbs, export.NAME, export.HELP, export.EXAMPLE))
     _add_verify(verbs)
     _add_inspect(verbs)
     _add_demo(verbs)
@@ -101,206 +107,14 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_evaluate(_verb(verbs, evaluate.NAME, evaluate.HELP, evaluate.EXAMPLE))
     bench.add_bench(_verb(verbs, bench.NAME, bench.HELP, bench.EXAMPLE))
     run.add_run(_verb(verbs, run.NAME, run.HELP, run.EXAMPLE))
+    ovms.add_ovms(_verb(verbs, ovms.NAME, ovms.HELP, ovms.EXAMPLE))
     return parser
 
 
 def _verb(verbs: Any, name: str, help_text: str, example: str) -> argparse.ArgumentParser:
-    verb: argparse.ArgumentParser = verbs.add_parser(
-        name,
-        help=help_text,
-        description=help_text,
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    verb.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
-    verb.add_argument("--quiet", action="store_true", help="no progress")
-    verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    verb: argparse.ArgumentParser = verbs.add_parser(name, help=help_text)
+    add_output(verb, help_text, example)
     return verb
-
-
-def _add_export(verbs: Any) -> None:
-    verb = _verb(
-        verbs,
-        "export",
-        "Export a fine-tuned model to a runtime's folder, proven and certified.",
-        "sparseport export --target openvino --base sparse-int4 --sparse-base sparse --adapter adapter --output out",
-    )
-    verb.add_argument("--config", type=Path, help="recipe file; other options override it")
-    verb.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe field")
-    verb.add_argument("--base", help="folder of the base model: dense, sparse, or INT4; or a .gguf file")
-    verb.add_argument("--sparse-base", help="sparse floating-point base that the INT4 base was made from")
-    verb.add_argument("--adapter", help="folder of the fine-tuned adapter")
-    verb.add_argument("--sub-adapter", metavar="WHICH", help="maximal (default), heuristic, minimal, or a JSON file")
-    verb.add_argument("--search-space", metavar="FILE", help="its search space, where it is not beside the adapter")
-    verb.add_argument(
-        "--target",
-        action="append",
-        choices=["openvino", "onnx"],
-        help="runtime to export to (default openvino); may be given twice",
-    )
-    verb.add_argument("--output", help="folder to write")
-    verb.add_argument("--rounding", choices=["sqft", "paper"], help="QA-SparsePEFT rounding rule (default sqft)")
-    verb.add_argument("--embedding", choices=["fp16", "fp32", "int8"], help="how embedding and head are stored")
-    verb.add_argument("--gguf-dtype", choices=["float16", "float32"], help="dtype of a GGUF base (default float16)")
-    verb.add_argument(
-        "--nncf-base-dtype",
-        choices=["stored", "bfloat16", "float32"],
-        help="dtype that the base was in when an NNCF checkpoint was tuned or stripped (default stored: as its files)",
-    )
-    _add_reading(verb)
-    verb.add_argument(
-        "--branches",
-        choices=["refuse", "graph", "adapter"],
-        help="an adapter that no merge keeps exact (dense on a sparse or INT4 base): refuse (default), keep it beside "
-        "its base in the graph, or as a file that the runtime switches on and off",
-    )
-    verb.add_argument(
-        "--branch-dtype",
-        choices=["stored", "fp16"],
-        help="dtype of un-merged branches: as in the adapter's files (default), or rounded to float16",
-    )
-    verb.add_argument(
-        "--mask-policy",
-        choices=["strict", "keep-codes", "reapply"],
-        help="when an input breaks its own mask: refuse (default), keep and record, or prune again",
-    )
-    compress = verb.add_argument_group("NNCF compression of floating-point layers (INT4 layers are never touched)")
-    compress.add_argument(
-        "--compress",
-        dest="compress.mode",
-        metavar="MODE",
-        choices=["none", "int8_sym", "int8_asym", "int4_sym", "int4_asym"],
-        help="none (default), int8_sym, int8_asym, int4_sym, int4_asym",
-    )
-    compress.add_argument(
-        "--compress-ratio",
-        dest="compress.ratio",
-        type=float,
-        metavar="SHARE",
-        help="share of layers in 4 bits, the rest in 8",
-    )
-    compress.add_argument(
-        "--compress-group-size",
-        dest="compress.group_size",
-        type=int,
-        metavar="N",
-        help="input columns per group (default 64; -1: one group per row)",
-    )
-    compress.add_argument("--compress-dataset", dest="compress.dataset", metavar="FILE", help="one sample a line")
-    for name, text in (
-        ("scale-estimation", "NNCF's scale estimation; needs a dataset"),
-        ("gptq", "NNCF's GPTQ; needs a dataset, and revives pruned weights"),
-    ):
-        key = f"compress.{name.replace('-', '_')}"
-        compress.add_argument(f"--compress-{name}", dest=key, action="store_true", default=None, help=text)
-    onnx = verb.add_argument_group("the ONNX target")
-    onnx.add_argument(
-        "--onnx-format",
-        dest="onnx.format",
-        choices=["nbits", "qdq"],
-        help="INT4 layers as MatMulNBits of ONNX Runtime (default), or as standard operators only",
-    )
-    onnx.add_argument(
-        "--onnx-accuracy",
-        dest="onnx.accuracy",
-        choices=["exact", "fast"],
-        help="products in float32 (default), or with activations rounded to int8, which is faster and drifts",
-    )
-    onnx.add_argument(
-        "--onnx-portable",
-        dest="onnx.portable",
-        action="store_true",
-        default=None,
-        help="a model.onnx that OpenVINO's read_model runs as well: groups of 32, 64 or 128 only",
-    )
-    verb.add_argument(
-        "--no-tokenizer",
-        dest="tokenizer",
-        action="store_false",
-        default=None,
-        help="leave tokenizer and detokenizer out",
-    )
-    verb.add_argument(
-        "--no-numerics",
-        dest="numerics",
-        action="store_false",
-        default=None,
-        help="skip the comparison of logits (the bits are proven all the same)",
-    )
-    verb.add_argument("--overwrite", action="store_true", default=None, help="replace an existing output")
-    verb.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    verb.set_defaults(run=_run_export, interrupted="no half-written output was left")
-
-
-_READING = ("allow_pickle", "gptq_zeros", "ignore_extra")
-
-
-def _add_reading(verb: argparse.ArgumentParser) -> None:
-    """Options about how a checkpoint is to be read: the same for every verb that reads one."""
-    verb.add_argument(
-        "--allow-pickle",
-        action="store_true",
-        default=None,
-        help="accept .bin, .pt and .pth inputs, as plain tensors in a process of their own",
-    )
-    verb.add_argument(
-        "--gptq-zeros", choices=["v1", "v1-words", "v2"], help="override how the GPTQ file stores zero-points"
-    )
-    verb.add_argument(
-        "--ignore-extra",
-        action="store_true",
-        default=None,
-        help="leave out tensors of a base's files that its index does not name",
-    )
-
-
-_EXPORT_FIELDS = (
-    "base",
-    "sparse_base",
-    "adapter",
-    "sub_adapter",
-    "search_space",
-    "target",
-    "output",
-    "rounding",
-    "embedding",
-    "gguf_dtype",
-    "nncf_base_dtype",
-    *_READING,
-    "branches",
-    "branch_dtype",
-    "mask_policy",
-    "tokenizer",
-    "numerics",
-    "overwrite",
-)
-
-
-def _run_export(options: argparse.Namespace) -> int:
-    from sparseport import pipeline
-    from sparseport.plan import require_exportable
-    from sparseport.recipe import apply_settings, load_job, make_recipe
-    from sparseport.show import show_export, show_plan
-
-    given = {name: getattr(options, name) for name in _EXPORT_FIELDS if getattr(options, name) is not None}
-    for key, value in vars(options).items():
-        section, dot, name = key.partition(".")
-        if dot and value is not None:
-            given.setdefault(section, {})[name] = value
-    apply_settings(given, tuple(options.set))
-    if options.config:
-        recipe = load_job(options.config, export=given).export
-    else:
-        for name in ("base", "output"):
-            if not given.get(name):
-                raise UsageError(f"--{name} is missing", fix=f"give --{name} DIR, or a --config that names it")
-        recipe = make_recipe(given)
-    if options.dry_run:
-        plan = pipeline.plan(recipe)
-        return _print_judged(plan.as_dict(), options, lambda: show_plan(plan), lambda: require_exportable(plan))
-    result = pipeline.export(recipe, _progress(options))
-    _print(result.as_dict(), options.json, lambda: show_export(result))
-    return 0
 
 
 def _add_verify(verbs: Any) -> None:
@@ -326,7 +140,7 @@ def _run_verify(options: argparse.Namespace) -> int:
     verdicts: list[Verdict] = []
     numerics: list[dict[str, Any] | None] = []
     for folder in folders:
-        with _progress(options).task(f"verifying {folder.name}" if several else "verifying") as step:
+        with progress_for(options).task(f"verifying {folder.name}" if several else "verifying") as step:
             try:
                 verdict = verify(folder, strict=not options.ignore_extra, on_step=step)
             except VerificationError as error:
@@ -336,7 +150,7 @@ def _run_verify(options: argparse.Namespace) -> int:
         verdicts.append(verdict)
         numerics.append(None)
         if verdict.ok and options.numerics and verdict.certificate:
-            with _progress(options).task("comparing logits"):
+            with progress_for(options).task("comparing logits"):
                 certificate = verdict.certificate
                 adapters = sorted(certificate.adapters)
                 numerics[-1] = check_numerics(folder, certificate.target, certificate.portable, adapters)
@@ -354,7 +168,7 @@ def _run_verify(options: argparse.Namespace) -> int:
             "differences": unequal,
             "folders": {folder.name: one for folder, one in zip(folders, results, strict=True)},
         }
-    return _print_judged(
+    return print_judged(
         result, options, lambda: show_verdicts(verdicts, numerics, unequal), lambda: require_all(verdicts, unequal)
     )
 
@@ -368,7 +182,7 @@ def _add_inspect(verbs: Any) -> None:
     )
     verb.add_argument("path", type=Path, help="a model, adapter or exported folder, or a .gguf file")
     verb.add_argument("--layers", action="store_true", help="list every layer (default: one row per kind of layer)")
-    _add_reading(verb)
+    add_reading(verb)
     verb.set_defaults(run=_run_inspect, interrupted="nothing was written")
 
 
@@ -376,10 +190,10 @@ def _run_inspect(options: argparse.Namespace) -> int:
     from sparseport.inspection import inspect
     from sparseport.show import show_inspection
 
-    with _progress(options).task("reading") as step:
-        given = {name: getattr(options, name) for name in _READING if getattr(options, name) is not None}
+    with progress_for(options).task("reading") as step:
+        given = {name: getattr(options, name) for name in READING if getattr(options, name) is not None}
         found = inspect(options.path, **given, on_layer=step)
-    _print(found.as_dict(), options.json, lambda: show_inspection(found, options.layers))
+    print_result(found.as_dict(), options.json, lambda: show_inspection(found, options.layers))
     return 0
 
 
@@ -403,35 +217,8 @@ def _run_demo(options: argparse.Namespace) -> int:
     from sparseport.demo import require_verified, run_demo
     from sparseport.show import show_demo
 
-    result = run_demo(options.config, options.work_dir, tuple(options.set), _progress(options), wheel=options.wheel)
-    return _print_judged(result, options, lambda: show_demo(result), lambda: require_verified(result))
-
-
-def _progress(options: argparse.Namespace) -> Progress:
-    return Progress("quiet" if options.quiet else "auto")
-
-
-def _print_judged(
-    data: dict[str, Any], options: argparse.Namespace, show: Callable[[], None], judge: Callable[[], None]
-) -> int:
-    """Print a result, then the error if it is judged bad; with `--json` both are one document."""
-    try:
-        judge()
-    except SparseportError as error:
-        _print({**data, "error": error.as_dict()}, options.json, show)
-        if options.debug:
-            raise
-        print(error, file=sys.stderr)
-        return error.exit_code
-    _print(data, options.json, show)
-    return 0
-
-
-def _print(data: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
-    if as_json:
-        print(json.dumps(data, indent=2))
-    else:
-        show()
+    result = run_demo(options.config, options.work_dir, tuple(options.set), progress_for(options), wheel=options.wheel)
+    return print_judged(result, options, lambda: show_demo(result), lambda: require_verified(result))
 
 
 if __name__ == "__main__":

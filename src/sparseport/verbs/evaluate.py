@@ -49,6 +49,12 @@ def add_evaluate(verb: argparse.ArgumentParser) -> None:
         help="which adapter of a folder exported with --branches adapter is switched on, or none for the base alone: "
         "once for all paths, or once for each (default: the one that is there)",
     )
+    verb.add_argument(
+        "--lm-eval-task",
+        type=Path,
+        metavar="DIR",
+        help="write the items as a task of lm-evaluation-harness too, for its own runs of any model on them",
+    )
     verb.set_defaults(run=run_evaluate, interrupted="nothing was written")
 
 
@@ -79,6 +85,7 @@ def _evaluated(options: argparse.Namespace) -> dict[str, Any]:
                 f"{name} is given once for all paths, or once for each", expected=len(options.paths), found=len(given)
             )
     # After the options were checked: this loads torch.
+    from sparseport.integrations.lm_eval import write_task
     from sparseport.nls.evaluation import adapter_for, compare, engine_of, evaluate
     from sparseport.nls.tasks import load_task
 
@@ -88,6 +95,8 @@ def _evaluated(options: argparse.Namespace) -> dict[str, Any]:
     task = load_task(options.task, options.data)
     for (path, _, adapter), engine in zip(asked, engines_found, strict=True):
         adapter_for(path, task, engine, adapter)  # every path is looked at before the first is run
+    if options.lm_eval_task is not None:
+        write_task(task, options.lm_eval_task, options.split, options.limit)
     progress = Progress("quiet" if options.quiet else "auto")
     runs = [
         evaluate(

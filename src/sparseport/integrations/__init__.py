@@ -1,0 +1,1 @@
+"""Exported folders in the places that other tools expect them in."""
