@@ -32,13 +32,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True)
     parser.add_argument("--output", required=True)
-    parser.add_argument("--sparsity", default="0.5")
-    options = parser.parse_args()
+    options, more = parser.parse_known_args()  # whatever else `sparseport sparsify` takes
 
     # The metric is imported by its name, so that a recipe file can name it too; this file's folder is on the path.
     metric = f"{Path(__file__).stem}:{relative_importance.__name__}"
-    words = ["--base", options.base, "--output", options.output, "--sparsity", options.sparsity, "--metric", metric]
-    return sparseport(["sparsify", *words])
+    return sparseport(["sparsify", "--base", options.base, "--output", options.output, "--metric", metric, *more])
 
 
 if __name__ == "__main__":

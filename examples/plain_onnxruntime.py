@@ -34,7 +34,8 @@ def main() -> None:
     options = parser.parse_args()
     from tokenizers import Tokenizer
 
-    decoder = json.loads((options.folder / "genai_config.json").read_text(encoding="utf-8"))["model"]["decoder"]
+    model = json.loads((options.folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
+    decoder, ends = model["decoder"], np.atleast_1d(model["eos_token_id"])
     session = open_session(options.folder, decoder)
     tokenizer = Tokenizer.from_file(str(options.folder / "tokenizer.json"))
 
@@ -47,6 +48,8 @@ def main() -> None:
         feed = {"input_ids": np.array([new], np.int64), "attention_mask": np.ones((1, len(seen)), np.int64)}
         found = dict(zip(outputs, session.run(outputs, {**feed, **cache}), strict=True))
         new = [int(found.pop("logits")[0, -1].argmax())]  # greedy
+        if new[0] in ends:
+            break
         seen += new
         cache = {name.replace("present", "past_key_values"): value for name, value in found.items()}
     print(tokenizer.decode(seen[len(prompt) :]))
