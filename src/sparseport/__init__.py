@@ -13,12 +13,14 @@ __version__ = "0.1.0.dev0"
 _PUBLIC = {
     "add_adapter": "sparseport.further",
     "export": "sparseport.pipeline",
+    "pack": "sparseport.transit.pack",
+    "unpack": "sparseport.transit.unpack",
     "Recipe": "sparseport.recipe",
     "verify": "sparseport.verify.folder",
     "Certificate": "sparseport.verify.certificate",
 }
 
-__all__ = ["Certificate", "Recipe", "add_adapter", "export", "verify"]
+__all__ = ["Certificate", "Recipe", "add_adapter", "export", "pack", "unpack", "verify"]
 
 
 def __getattr__(name: str) -> Any:
