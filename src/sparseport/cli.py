@@ -17,7 +17,7 @@ from sparseport import __version__
 from sparseport.errors import EnvironmentProblem, SparseportError, UsageError, VerificationError
 from sparseport.offline import go_offline
 from sparseport.progress import Progress
-from sparseport.verbs import evaluate, finetune, quantize, run, search, sparsify
+from sparseport.verbs import evaluate, finetune, pack, quantize, run, search, sparsify, unpack
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -100,6 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     search.add_search(_verb(verbs, search.NAME, search.HELP, search.EXAMPLE))
     evaluate.add_evaluate(_verb(verbs, evaluate.NAME, evaluate.HELP, evaluate.EXAMPLE))
     run.add_run(_verb(verbs, run.NAME, run.HELP, run.EXAMPLE))
+    pack.add_pack(_verb(verbs, pack.NAME, pack.HELP, pack.EXAMPLE))
+    unpack.add_unpack(_verb(verbs, unpack.NAME, unpack.HELP, unpack.EXAMPLE))
     return parser
 
 

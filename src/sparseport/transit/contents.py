@@ -95,10 +95,16 @@ def read_contents(file: BinaryIO, size: int, where: str) -> list[PackedFile]:
     _, version, reserved, begin, length, digest = HEADER.unpack(header)
     if version > VERSION:
         raise Unsupported(
-            "the archive has a newer version", where=where, expected=f"<= {VERSION}", found=version, fix="upgrade sparseport"
+            "the archive has a newer version",
+            where=where,
+            expected=f"<= {VERSION}",
+            found=version,
+            fix="upgrade sparseport",
         )
     if version != VERSION or reserved or begin < HEADER.size or begin + length != size or length > MAX_CONTENTS:
-        raise damaged(where, expected=f"{min(begin + length, _LARGEST)} bytes", found=f"{size} bytes, version {version}")
+        raise damaged(
+            where, expected=f"{min(begin + length, _LARGEST)} bytes", found=f"{size} bytes, version {version}"
+        )
     file.seek(begin)
     contents = file.read(length)
     if hashlib.sha256(contents).digest() != digest:
@@ -173,15 +179,15 @@ def _part(entry: Any, name: str, size: int, files: list[PackedFile], parts: list
     if "copy" in entry:
         number, place, first = map(_count, entry["copy"])
         copied = Part(extents, copy=(number, place, first))
-        source = [*(file.parts for file in files), parts][number][place]
+        source = (parts if number == len(files) else files[number].parts)[place]
         if source.copy is not None or first + copied.size > source.size:
             raise ValueError(f"{name} has a copy of what is not there")
         return copied
     part = Part(extents, _elements(entry, name), packed=tuple(map(_count, entry["packed"])))
     if part.elements and not (part.elements.is_whole(part.size) and part.elements.points_fit(part.size, size)):
         raise ValueError(f"{name} has a part that is no whole matrix")
-    if len(part.packed) != part.piece_count():
-        raise ValueError(f"{name} has too few or too many pieces")
+    if len(part.packed) != part.piece_count() or max(part.packed) > part.packed_limit():
+        raise ValueError(f"{name} has pieces of impossible number or size")
     return part
 
 

@@ -5,8 +5,11 @@ Nothing here can make an archive wrong. A layout that is mistaken costs size, ne
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 BITS = (4, 8, 16, 32, 64)
 """Sizes that an element may have."""
@@ -59,7 +62,7 @@ class Elements:
         return 0 < self.columns <= PIECE_ELEMENTS and size % self.row_step() == 0
 
     def points_fit(self, size: int, file_size: int) -> bool:
-        """Whether the zero-points of a tensor of `size` bytes, if it has some, are all there in a file of `file_size`."""
+        """Whether the zero-points of a tensor of `size` bytes, if there are some, lie in a file of `file_size` bytes."""
         points = self.points
         if points is None:
             return True
@@ -112,7 +115,7 @@ class Part:
     copy: tuple[int, int, int] | None = None
     packed: tuple[int, ...] = ()
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Bytes when unpacked."""
         return sum(size for _, size in self.extents)
@@ -125,6 +128,11 @@ class Part:
         """How many pieces there are."""
         return -(-self.size // self.piece_size())
 
+    def packed_limit(self) -> int:
+        """Bytes that no packed piece of this part needs more than: bytes as they are, in a frame."""
+        size = min(self.size, self.piece_size())
+        return size + size // 1024 + 1024
+
     def pieces(self) -> Iterator[Extent]:
         """First byte and bytes of each piece when unpacked, in what is packed."""
         step, size = self.piece_size(), self.size
@@ -133,9 +141,15 @@ class Part:
 
     def within(self, first: int, size: int) -> Iterator[Extent]:
         """The extents of `size` bytes from byte `first` of what is packed."""
-        for offset, length in self.extents:
-            if size > 0 and first < length:
-                taken = min(length - first, size)
-                yield offset + first, taken
-                size -= taken
-            first = max(first - length, 0)
+        number = bisect.bisect_right(self._starts, first) - 1
+        while size > 0 and number < len(self.extents):
+            offset, length = self.extents[number]
+            skipped = first - self._starts[number]
+            taken = min(length - skipped, size)
+            yield offset + skipped, taken
+            first, size, number = first + taken, size - taken, number + 1
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """Where each extent begins in what is packed."""
+        return list(itertools.accumulate((size for _, size in self.extents[:-1]), initial=0))

@@ -78,7 +78,7 @@ def _plain(tensor: _Tensor) -> Elements | None:
 
 
 def _n_bits(node: _Node, tensors: dict[str, _Tensor]) -> dict[str, Elements | None]:
-    """Codes of MatMulNBits: uint8 [N, groups, block_size * bits / 8], zero-points uint8 [N, ceil(groups * bits / 8)]."""
+    """Codes of MatMulNBits: uint8 [N, groups, block_size * bits / 8]; zero-points [N, groups], each row whole bytes."""
     codes = tensors.get(node.inputs[1]) if len(node.inputs) > 1 else None
     bits, block = node.attributes.get("bits", 4), node.attributes.get("block_size", 0)
     if codes is None or len(codes.shape) != 3 or bits not in (4, 8) or block <= 0:
@@ -88,7 +88,11 @@ def _n_bits(node: _Node, tensors: dict[str, _Tensor]) -> dict[str, Elements | No
     if points is None or points.kind != _UINT8 or points.file != codes.file:
         return {codes.name: Elements(bits, groups * block, centre=1 << (bits - 1))}
     pitch = -(-groups * bits // 8) * 8 // bits
-    return {codes.name: Elements(bits, groups * block, points=Points(points.offset, pitch * codes.shape[0], pitch, 1, block))}
+    return {
+        codes.name: Elements(
+            bits, groups * block, points=Points(points.offset, pitch * codes.shape[0], pitch, 1, block)
+        )
+    }
 
 
 def _dequantized(node: _Node, tensors: dict[str, _Tensor]) -> dict[str, Elements | None]:
@@ -109,7 +113,11 @@ def _dequantized(node: _Node, tensors: dict[str, _Tensor]) -> dict[str, Elements
     if len(shape) != 2 or any(there <= 0 or whole % there for whole, there in zip(codes.shape, shape, strict=True)):
         return {codes.name: Elements(bits, columns)}
     down, across = shape
-    return {codes.name: Elements(bits, columns, points=Points(points.offset, down * across, across, rows // down, columns // across))}
+    return {
+        codes.name: Elements(
+            bits, columns, points=Points(points.offset, down * across, across, rows // down, columns // across)
+        )
+    }
 
 
 def _read_model(buffer: memoryview) -> tuple[dict[str, _Tensor], list[_Node]]:

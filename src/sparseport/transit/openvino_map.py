@@ -85,9 +85,10 @@ def _points(graph: _Edges, number: str, shape: list[int]) -> Points | None:
     if theirs[:shared] != shape[:shared]:
         return None
     offset, count = int(graph.constants[other]["offset"]), math.prod(theirs)
-    if shared == 0:
-        return Points(offset, count, 1, shape[0], math.prod(shape[1:]))
-    return Points(offset, count, math.prod(theirs[1:]), 1, math.prod(shape[shared:]) if shared > 1 else math.prod(shape[1:]))
+    if shared > 1:
+        return Points(offset, count, math.prod(theirs[1:]), 1, math.prod(shape[shared:]))
+    # One for each row, or one for all.
+    return Points(offset, count, 1, 1 if shared else shape[0], math.prod(shape[1:]))
 
 
 def _shape(text: str) -> list[int]:

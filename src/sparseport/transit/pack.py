@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from sparseport.errors import BadInput, OutputExists, UsageError
-from sparseport.progress import Progress, Step
+from sparseport.progress import Progress
 from sparseport.publish import staged_file
 from sparseport.transit.certified import check_certified
 from sparseport.transit.contents import HEADER, MAGIC, MAX_FILES, PackedFile, write_end
@@ -22,7 +21,7 @@ from sparseport.transit.pieces import pack_elements, pack_plain, points_extent, 
 from sparseport.transit.regions import map_folder, parts_of
 from sparseport.transit.streams import FAST, SLOW, zstandard
 from sparseport.transit.stretches import gather
-from sparseport.transit.tally import Tally
+from sparseport.transit.tally import Tally, TensorTally, by_kind
 from sparseport.verify.certificate import file_facts, is_inside
 from sparseport.weights.linear import U8
 
@@ -56,14 +55,14 @@ class Packed:
     size       its bytes
     certified  places with a certificate: "" for the folder itself, or names of subfolders
     files      in order of their names
-    tallies    bits per element, by bits as stored
+    tallies    bits per element, by kind of tensor
     """
 
     archive: Path
     size: int
     certified: list[str]
     files: list[FileReport]
-    tallies: dict[int, Tally]
+    tallies: list[Tally]
 
     @property
     def unpacked(self) -> int:
@@ -78,7 +77,7 @@ class Packed:
             "unpacked": self.unpacked,
             "certified": self.certified,
             "files": [vars(file) for file in self.files],
-            "elements": [tally.as_dict() for _, tally in sorted(self.tallies.items())],
+            "elements": [tally.as_dict() for tally in self.tallies],
         }
 
 
@@ -179,36 +178,37 @@ def _copied(file: PackedFile) -> int:
 
 def _write(
     folder: Path, stage: Path, facts: Mapping[str, Mapping[str, Any]], progress: Progress
-) -> tuple[list[PackedFile], int, dict[int, Tally]]:
+) -> tuple[list[PackedFile], int, list[Tally]]:
     regions = map_folder(folder, facts)
     # Copies begin where a part begins, so the folder whose layers stand alone comes before the one that fuses them.
     order = sorted(facts, key=lambda name: (-len(regions.get(name, ())), name))
     plans = {name: parts_of(regions.get(name, []), facts[name]["size"]) for name in order}
-    tallies: dict[int, Tally] = {}
+    tensors: list[Tally] = []
     copies = Copies(folder)
     files: list[PackedFile] = []
     with stage.open("w+b") as archive:
         archive.write(bytes(HEADER.size))
-        with progress.task("packing", sum(part.piece_count() for plan in plans.values() for part in plan)) as step:
+        with progress.task("packing", sum(map(len, plans.values()))) as step:
             for name in order:
                 parts: list[Part] = []
                 for plan in plans[name]:
-                    found = copies.find(name, plan)
-                    if found is None:
-                        found = [_pack_part(folder / name, plan, archive, tallies, step)]
-                    for part in found:
+                    known, new = copies.split(name, plan)
+                    parts += known
+                    if new is not None:
+                        part = _pack_part(folder / name, new, archive, tensors)
                         copies.add(name, len(files), len(parts), part)
                         parts.append(part)
+                    step()
                 files.append(PackedFile(name, facts[name]["size"], facts[name]["sha256"], tuple(parts)))
-        return files, write_end(archive, files), tallies
+        return files, write_end(archive, files), by_kind(tensors)
 
 
-def _pack_part(path: Path, part: Part, archive: BinaryIO, tallies: dict[int, Tally], step: Step) -> Part:
+def _pack_part(path: Path, part: Part, archive: BinaryIO, tensors: list[Tally]) -> Part:
     """Pack the pieces of a part behind what the archive holds; returns the part with their lengths."""
     elements, lengths = part.elements, []
     level = SLOW if part.size <= _SLOW_UP_TO else FAST
     # Elements of several small tensors are no tensor.
-    tally = tallies.setdefault(elements.bits, Tally(elements.bits)) if elements and len(part.extents) == 1 else None
+    tally = TensorTally(elements.bits) if elements and len(part.extents) == 1 else None
     with path.open("rb") as file:
         for first, size in part.pieces():
             data = np.frombuffer(gather(file, part.within(first, size)), np.uint8)
@@ -221,9 +221,8 @@ def _pack_part(path: Path, part: Part, archive: BinaryIO, tallies: dict[int, Tal
                     tally.add(values, len(packed))
             archive.write(packed)
             lengths.append(len(packed))
-            step()
     if tally is not None:
-        tally.close()
+        tensors.append(tally.total())
     return replace(part, packed=tuple(lengths))
 
 

@@ -188,7 +188,7 @@ def _planes(values: Uints, bits: int) -> Iterator[U8]:
     if bits == 4:
         yield _pairs(values)
         return
-    table = np.ascontiguousarray(values).view(np.uint8).reshape(values.size, -1)
+    table = np.ascontiguousarray(values).view(np.uint8).reshape(values.size, bits // 8)
     yield table[:, -1]
     order, ends = _by_highest(table[:, -1])
     for place in range(table.shape[1] - 2, -1, -1):

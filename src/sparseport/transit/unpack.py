@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,8 +68,7 @@ def unpack(
     progress = progress or Progress("quiet")
     zstandard()
     with open_regular(archive) as source:
-        size = archive.stat().st_size
-        files = read_contents(source, size, archive.name)
+        files = read_contents(source, os.fstat(source.fileno()).st_size, archive.name)
         total = sum(one.size for one in files)
         check_space(output, total)
         with staged_output(output, overwrite, ours=lambda folder: bool(certified_folders(folder))) as stage:
