@@ -62,7 +62,7 @@ class Elements:
         return 0 < self.columns <= PIECE_ELEMENTS and size % self.row_step() == 0
 
     def points_fit(self, size: int, file_size: int) -> bool:
-        """Whether the zero-points of a tensor of `size` bytes, if there are some, lie in a file of `file_size` bytes."""
+        """Whether the zero-points of a tensor of `size` bytes, if any, lie in a file of `file_size` bytes."""
         points = self.points
         if points is None:
             return True

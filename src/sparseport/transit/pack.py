@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from sparseport.errors import BadInput, OutputExists, UsageError
+from sparseport.errors import BadInput, EnvironmentProblem, OutputExists, UsageError
 from sparseport.progress import Progress
 from sparseport.publish import staged_file
 from sparseport.transit.certified import check_certified
@@ -111,7 +111,7 @@ def pack(
     progress = progress or Progress("quiet")
     zstandard()
     names = _names(folder)
-    output = Path(output) if output is not None else folder.with_name(folder.name + SUFFIX)
+    output = Path(output) if output is not None else folder.resolve().with_name(folder.resolve().name + SUFFIX)
     if output.absolute().resolve().is_relative_to(folder.resolve()):
         raise UsageError("the archive would lie in the folder itself", where=output, fix="choose another --output")
     if output.exists() and not overwrite:
@@ -120,7 +120,13 @@ def pack(
     facts: dict[str, Mapping[str, Any]] = {}
     with progress.task("hashing files", len(names)) as step:
         for name in names:
-            facts[name] = file_facts(folder / name)
+            try:
+                facts[name] = file_facts(folder / name)
+            except OSError as error:
+                fix = "check its permissions"
+                raise EnvironmentProblem(
+                    "cannot read a file", where=folder / name, found=error.strerror, fix=fix, code="E_READ"
+                ) from error
             step()
     certified = check_certified(folder, facts, strict=not ignore_extra)
     with staged_file(output, overwrite, ours=is_archive) as stage:
@@ -152,19 +158,23 @@ def _names(folder: Path) -> list[str]:
         name, mode = path.relative_to(folder).as_posix(), path.lstat().st_mode
         if stat.S_ISREG(mode):
             names.append(name)
-        problem = (
-            "a link" if stat.S_ISLNK(mode)
-            else "an empty folder" if stat.S_ISDIR(mode) and not any(path.iterdir())
-            else "something that is no file" if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode)
-            else "a name that not every system can have" if not (is_inside(name) and name.isprintable())
-            else None
-        )  # fmt: skip
-        if problem:
+        if (problem := _problem(path, name, mode)) is not None:
             fix = "copy the folder with its links followed (cp -rL)" if stat.S_ISLNK(mode) else "remove or rename it"
             raise BadInput(f"an archive cannot carry {problem}", where=path, fix=fix, code="E_PATH")
     if not 0 < len(names) <= MAX_FILES:
         raise UsageError("the folder has no files, or too many", where=folder, expected=f"1 to {MAX_FILES}")
     return names
+
+
+def _problem(path: Path, name: str, mode: int) -> str | None:
+    """What an archive cannot carry of something in a folder, or None."""
+    if stat.S_ISLNK(mode):
+        return "a link"
+    if stat.S_ISDIR(mode):
+        return None if any(path.iterdir()) else "an empty folder"
+    if not stat.S_ISREG(mode):
+        return "what is no plain file"
+    return None if is_inside(name) and name.isprintable() else "a name that not every system can have"
 
 
 def _stamp(path: Path) -> tuple[int, int]:
