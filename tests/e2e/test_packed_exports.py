@@ -10,9 +10,6 @@ import pytest
 
 import packed_archives as archives
 from in_process import in_process
-
-pytest.importorskip("zstandard")
-
 from sparseport.errors import BadInput
 from sparseport.transit.contents import HEADER, read_contents
 from sparseport.transit.pack import Packed, pack

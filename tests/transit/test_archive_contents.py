@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import io
 import shutil
 from pathlib import Path
 
 import pytest
 
 import packed_archives as archives
-
-pytest.importorskip("zstandard")
-
 from sparseport.errors import BadInput, EnvironmentProblem, SparseportError, Unsupported
-from sparseport.transit.contents import MAX_CONTENTS
+from sparseport.transit.contents import MAX_CONTENTS, read_contents
 from sparseport.transit.unpack import unpack
 
 # Two files, one of them a copy of the other but for its last byte, written by hand and spelled out once.
@@ -203,6 +202,21 @@ def test_tables_of_contents_that_lie(tmp_path, change):
     assert error.code == "E_ARCHIVE" and "x.sparseport" in str(error)
 
 
+@pytest.mark.parametrize("change", sorted(set(CHANGES) - {"another digest", "copy of other bytes"}))
+def test_lies_are_seen_before_anything_is_unpacked(change):
+    """All but the two that contradict nothing in the table of contents: those show in the SHA-256."""
+    archive = with_change(CHANGES[change])
+    with pytest.raises(BadInput):
+        read_contents(io.BytesIO(archive), len(archive), "x")
+
+
+def test_a_piece_that_would_have_to_be_read_whole(tmp_path):
+    """A packed piece is held in memory, so it may not be larger than what it gives, but for a frame around it."""
+    piece = archives.plain(HELLO).ljust(1030, b"\0")
+    files = [archives.entry("a", HELLO, [{"extents": [[0, 5]], "packed": [len(piece)]}])]
+    assert "impossible number or size" in str(refused(tmp_path, archives.write(files, piece)))
+
+
 @pytest.mark.parametrize(
     "text",
     [b"", b"[]", b"{}", b"5", b'{"files": 5}', b'{"files": [], "more": 1}', b'{"files": [NaN]}', b"\xff", b"[" * 5000],
@@ -227,8 +241,6 @@ def test_a_table_of_contents_that_would_not_fit_into_memory(tmp_path):
 
 
 def header_for(contents: bytes) -> bytes:
-    import hashlib
-
     return archives.HEADER.pack(archives.MAGIC, 1, 0, 64, len(contents), hashlib.sha256(contents).digest()) + contents
 
 

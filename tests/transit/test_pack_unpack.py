@@ -13,20 +13,18 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import packed_archives as archives
-
-pytest.importorskip("zstandard")
-
 import sparseport
 from sparseport import cli
 from sparseport.checkpoints.safetensors import SafeTensorsFile, spec_of, write_safetensors
 from sparseport.errors import BadInput, EnvironmentProblem, OutputExists, UsageError, VerificationError
 from sparseport.progress import Progress
 from sparseport.publish import TEMP_PREFIX
-from sparseport.transit import layout
+from sparseport.transit import copies, layout
 from sparseport.transit.pack import pack
 from sparseport.transit.unpack import unpack
 from sparseport.verify.certificate import Certificate, file_facts
@@ -111,6 +109,13 @@ def test_the_header_and_a_short_file_byte_by_byte(tmp_path):
     assert archives.read(archive) == {"a.txt": b"hi\n"}
 
 
+def test_text_is_packed_as_well_as_the_coder_can(tmp_path):
+    text = " ".join(str(number**3) for number in range(3000)).encode()
+    (report,) = pack(fill(tmp_path / "in", {"a.txt": text}), tmp_path / "x").files
+    frame = zstandard.ZstdCompressor(level=19, write_checksum=True).compress(text)
+    assert report.packed == 1 + 4 + len(frame) < len(zstandard.ZstdCompressor(level=3).compress(text))
+
+
 def test_the_same_folder_gives_the_same_bytes(tmp_path):
     """Order of creation, times and the folder's name do not enter."""
     files = {"b/x.txt": b"1" * 5000, "a.txt": b"1" * 5000, "c": b""}
@@ -139,7 +144,7 @@ def test_pieces_follow_one_another_without_holding_the_file(tmp_path, monkeypatc
     assert peak < 3 << 20, f"{peak / 2**20:.1f} MiB for a file of 8 MiB"
 
 
-def test_fused_layers_of_a_second_folder_are_copies(tmp_path):
+def test_fused_layers_of_a_second_folder_are_copies(tmp_path, monkeypatch):
     """Three layers that stand one after another in the other folder, and one that is new in its last byte."""
     random = np.random.default_rng(0)
     q, k, v, o = (random.integers(0, 1 << 16, (40, 64)).astype(np.uint16).view(np.float16) for _ in range(4))
@@ -152,6 +157,7 @@ def test_fused_layers_of_a_second_folder_are_copies(tmp_path):
     ):
         (folder / name).mkdir(parents=True)
         write_safetensors(folder / name / "m.safetensors", [spec_of(key, array) for key, array in arrays.items()])
+    monkeypatch.setattr(copies, "_BLOCK", 1000)
     result = pack(folder, tmp_path / "x")
     unpack(tmp_path / "x", tmp_path / "out")
     assert tree(tmp_path / "out") == tree(folder) == archives.read((tmp_path / "x").read_bytes())

@@ -11,9 +11,6 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import packed_archives as archives
-
-pytest.importorskip("zstandard")
-
 from sparseport.errors import BadInput
 from sparseport.transit import pieces
 from sparseport.transit.layout import Elements, Points
