@@ -17,7 +17,7 @@ from sparseport.errors import FidelityError
 
 VERBS = (
     *("export", "verify", "inspect", "demo", "sparsify", "quantize", "finetune", "search", "evaluate", "run"),
-    *("ovms", "report"),
+    *("ovms", "report", "bench", "pack", "unpack"),
 )
 
 

@@ -43,7 +43,7 @@ FLOORS = (
     {"plan"},
     {"merging", "evidence"},
     {"compress"},
-    {"inspection", "pipeline", "nls"},
+    {"inspection", "pipeline", "nls", "transit"},
     {"job", "report"},
     {"bench", "integrations", "demo", "show"},
     {"verbs"},
@@ -56,7 +56,7 @@ FLOOR_OF = {name: height for height, names in enumerate(FLOORS) for name in name
 HEAVY = {
     *("accelerate", "datasets", "gguf", "nncf", "onnx", "onnxruntime", "onnxruntime_genai", "openvino"),
     *("openvino_genai", "openvino_tokenizers", "optimum", "peft", "safetensors", "tokenizers", "torch", "transformers"),
-    *("matplotlib", "pymoo", "ray"),
+    *("matplotlib", "pymoo", "ray", "zstandard"),
 }
 # The training core subclasses torch modules, and plugins subclass their hosts: they may need the extras at import.
 MAY_BE_HEAVY = ("sparseport.nls", "sparseport.integrations")

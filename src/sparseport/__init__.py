@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from sparseport.progress import Progress
     from sparseport.recipe import Recipe, make_recipe
     from sparseport.report.make import report as write_report
+    from sparseport.transit.pack import pack
+    from sparseport.transit.unpack import unpack
     from sparseport.verify.certificate import Certificate
     from sparseport.verify.folder import Verdict
     from sparseport.verify.folder import verify as verify_export
@@ -57,6 +59,8 @@ _PUBLIC = {
     "Asked": "sparseport.bench.rounds:Asked",
     "sweep_folders": "sparseport.bench.sweeping:sweep_folders",
     "Budget": "sparseport.bench.sweep:Budget",
+    "pack": "sparseport.transit.pack:pack",
+    "unpack": "sparseport.transit.unpack:unpack",
     "write_report": "sparseport.report.make:report",
     "run_job": "sparseport.job.run:run_job",
     "search_sub_networks": "sparseport.job.search:search_sub_networks",
@@ -84,10 +88,12 @@ __all__ = [
     "load_task",
     "make_recipe",
     "measure",
+    "pack",
     "plan_export",
     "run_job",
     "search_sub_networks",
     "sweep_folders",
+    "unpack",
     "verify_export",
     "write_report",
 ]

@@ -16,7 +16,20 @@ from typing import Any
 from sparseport import __version__
 from sparseport.errors import EnvironmentProblem, SparseportError, VerificationError
 from sparseport.offline import go_offline
-from sparseport.verbs import bench, evaluate, export, finetune, ovms, quantize, report, run, search, sparsify
+from sparseport.verbs import (
+    bench,
+    evaluate,
+    export,
+    finetune,
+    ovms,
+    pack,
+    quantize,
+    report,
+    run,
+    search,
+    sparsify,
+    unpack,
+)
 from sparseport.verbs.output import add_output, print_judged, print_result, progress_for
 from sparseport.verbs.reading import READING, add_reading
 
@@ -109,6 +122,8 @@ def _parser() -> argparse.ArgumentParser:
     report.add_report(_verb(verbs, report.NAME, report.HELP, report.EXAMPLE))
     run.add_run(_verb(verbs, run.NAME, run.HELP, run.EXAMPLE))
     ovms.add_ovms(_verb(verbs, ovms.NAME, ovms.HELP, ovms.EXAMPLE))
+    pack.add_pack(_verb(verbs, pack.NAME, pack.HELP, pack.EXAMPLE))
+    unpack.add_unpack(_verb(verbs, unpack.NAME, unpack.HELP, unpack.EXAMPLE))
     return parser
 
 

@@ -33,19 +33,8 @@ def staged_output(output: Path, overwrite: bool = False, ours: Callable[[Path], 
         OutputExists: `output` is there and may not be replaced, or another process is writing it.
         EnvironmentProblem: the parent is not a writable folder, or the disk fills up.
     """
-    output = Path(output).absolute()
-    if output.is_symlink() and not output.exists():
-        raise EnvironmentProblem("output is a dangling symbolic link", where=output, fix="choose another --output")
-    output = output.resolve()
+    output = _place_for(output)
     parent = output.parent
-    if output.name.startswith(TEMP_PREFIX):
-        raise UsageError("this name is kept for temporary folders", where=output, fix="choose another --output")
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise EnvironmentProblem("cannot make the folder for the output", where=parent, found=error.strerror) from error
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise EnvironmentProblem("the output's folder is not writable", where=parent)
     # The role comes before the name: with the name first, the stage of `m.old` would be what is set aside for `m`.
     stage, aside, lock = (parent / f"{TEMP_PREFIX}{role}-{output.name}" for role in ("stage", "aside", "lock"))
     with locked(lock, output):
@@ -67,28 +56,14 @@ def staged_output(output: Path, overwrite: bool = False, ours: Callable[[Path], 
         for leftover in (stage, aside):
             shutil.rmtree(leftover, ignore_errors=True)
         try:
-            stage.mkdir()
-            yield stage
-            _sync_tree(stage)
-            if output.exists():
-                output.rename(aside)
-            stage.rename(output)
-            sync_folder(parent)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                free = shutil.disk_usage(parent).free >> 20
-                raise EnvironmentProblem(
-                    "no space left for the output",
-                    where=parent,
-                    code="E_NOSPC",
-                    found=f"{free} MiB free",
-                    fix="free some space or choose another --output",
-                ) from error
-            if error.errno in (errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM):
-                raise EnvironmentProblem(
-                    "cannot write the output", where=error.filename or parent, found=error.strerror
-                ) from error
-            raise
+            with _disk_problems(parent):
+                stage.mkdir()
+                yield stage
+                _sync_tree(stage)
+                if output.exists():
+                    output.rename(aside)
+                stage.rename(output)
+                sync_folder(parent)
         finally:
             shutil.rmtree(stage, ignore_errors=True)
             if aside.exists():
@@ -111,6 +86,91 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
+
+
+@contextmanager
+def staged_file(output: Path, overwrite: bool = False, ours: Callable[[Path], bool] | None = None) -> Iterator[Path]:
+    """Yield the path of a file beside `output` that is not there yet; it becomes `output` if the block ends well.
+
+    As `staged_output`, for one file.
+
+    Raises:
+        UsageError: the output's name is one that temporary files have.
+        OutputExists: `output` is there and may not be replaced, or another process is writing it.
+        EnvironmentProblem: the parent is not a writable folder, or the disk fills up.
+    """
+    output = _place_for(output)
+    parent = output.parent
+    stage, lock = (parent / f"{TEMP_PREFIX}{role}-{output.name}" for role in ("file", "lock"))
+    with locked(lock, output, "process"):
+        if output.is_dir():
+            raise OutputExists("output is a folder, not a file", where=output, fix="choose another --output")
+        if output.exists() and not overwrite:
+            raise OutputExists("output exists already", where=output, fix="choose another --output or give --overwrite")
+        if output.exists() and ours and not ours(output):
+            raise OutputExists(
+                "the file to overwrite was not made by this command",
+                where=output,
+                fix="choose another --output, or remove the file yourself",
+            )
+        stage.unlink(missing_ok=True)
+        try:
+            with _disk_problems(parent):
+                yield stage
+                with stage.open("rb") as file:
+                    os.fsync(file.fileno())
+                stage.replace(output)
+                sync_folder(parent)
+        finally:
+            stage.unlink(missing_ok=True)
+
+
+def _place_for(output: Path) -> Path:
+    """The absolute path of an output whose folder is there and can be written to.
+
+    Raises:
+        UsageError, EnvironmentProblem: as `staged_output`.
+    """
+    output = Path(output).absolute()
+    if output.is_symlink() and not output.exists():
+        raise EnvironmentProblem("output is a dangling symbolic link", where=output, fix="choose another --output")
+    output = output.resolve()
+    parent = output.parent
+    if output.name.startswith(TEMP_PREFIX):
+        raise UsageError("this name is kept for temporary folders", where=output, fix="choose another --output")
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EnvironmentProblem("cannot make the folder for the output", where=parent, found=error.strerror) from error
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise EnvironmentProblem("the output's folder is not writable", where=parent)
+    return output
+
+
+@contextmanager
+def _disk_problems(parent: Path) -> Iterator[None]:
+    """What the disk refuses, as an error that says so.
+
+    Raises:
+        EnvironmentProblem: the disk is full, or cannot be written to.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            free = shutil.disk_usage(parent).free >> 20
+            raise EnvironmentProblem(
+                "no space left for the output",
+                where=parent,
+                code="E_NOSPC",
+                found=f"{free} MiB free",
+                fix="free some space or choose another --output",
+            ) from error
+        if error.errno in (errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise EnvironmentProblem(
+                "cannot write the output", where=error.filename or parent, found=error.strerror
+            ) from error
+        raise
 
 
 def check_space(output: Path, needed: int) -> None:

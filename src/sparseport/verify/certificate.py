@@ -252,7 +252,7 @@ def _check_structure(data: dict[str, Any], path: Path) -> None:
                     found=", ".join(facts["readback"]),
                 )
     for name in data["files"]:
-        if not _is_inside(name):
+        if not is_inside(name):
             raise VerificationError("the certificate names a file outside the folder", where=path, found=name[:80])
     _check_entry(data.get("totals"), _OF_TOTALS, {}, f"{path}, totals")
 
@@ -289,7 +289,7 @@ def _check_entry(facts: object, required: _Checks, optional: _Checks, where: str
         )
 
 
-def _is_inside(name: str) -> bool:
+def is_inside(name: str) -> bool:
     """Whether a file name is a plain relative path with slashes, such as every system can have and no drive starts."""
     plain = not set(name) & set("\0\\:")
     return plain and all(part not in ("", ".", "..") and len(part.encode()) < 256 for part in name.split("/"))
