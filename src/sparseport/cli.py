@@ -15,9 +15,9 @@ from typing import Any
 
 from sparseport import __version__
 from sparseport.errors import EnvironmentProblem, SparseportError, UsageError, VerificationError
-from sparseport.offline import go_offline
+from sparseport.offline import go_offline, take_back
 from sparseport.progress import Progress
-from sparseport.verbs import evaluate, finetune, quantize, run, search, sparsify
+from sparseport.verbs import chat, doctor, evaluate, finetune, push, quantize, run, search, sparsify
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,10 +54,8 @@ def _main(arguments: list[str] | None) -> int:
 @contextmanager
 def _own_process() -> Iterator[None]:
     """Our signal handler and offline switches while a verb runs; who calls `main` from Python gets back what it had."""
-    environment = set(os.environ)
     telemetry = "openvino_telemetry" in sys.modules
-    go_offline()
-    switches = set(os.environ) - environment
+    switched = go_offline()
     in_main_thread = threading.current_thread() is threading.main_thread()  # elsewhere Python allows no handlers
     handler = signal.signal(signal.SIGTERM, _terminate) if in_main_thread else None
     try:
@@ -65,8 +63,7 @@ def _own_process() -> Iterator[None]:
     finally:
         if handler is not None:
             signal.signal(signal.SIGTERM, handler)
-        for name in switches:
-            os.environ.pop(name, None)
+        take_back(switched)
         if not telemetry:
             sys.modules.pop("openvino_telemetry", None)
 
@@ -100,6 +97,9 @@ def _parser() -> argparse.ArgumentParser:
     search.add_search(_verb(verbs, search.NAME, search.HELP, search.EXAMPLE))
     evaluate.add_evaluate(_verb(verbs, evaluate.NAME, evaluate.HELP, evaluate.EXAMPLE))
     run.add_run(_verb(verbs, run.NAME, run.HELP, run.EXAMPLE))
+    chat.add_chat(_verb(verbs, chat.NAME, chat.HELP, chat.EXAMPLE))
+    push.add_push(_verb(verbs, push.NAME, push.HELP, push.EXAMPLE))
+    doctor.add_doctor(_verb(verbs, doctor.NAME, doctor.HELP, doctor.EXAMPLE))
     return parser
 
 

@@ -80,6 +80,10 @@ class Certificate:
         proven = {**self.body, _PROOF: self.proof()}
         return canonical({**proven, _SEAL: hashlib.sha256(canonical(proven)).hexdigest()}) + b"\n"
 
+    def seal(self) -> str:
+        """The seal, SHA-256 in hexadecimal: what sender and receiver of a copy compare."""
+        return str(json.loads(self.sealed())[_SEAL])
+
     def proof(self) -> str:
         """SHA-256 of the body without the measured logits."""
         return hashlib.sha256(canonical({key: self.body[key] for key in self.body if key != "numerics"})).hexdigest()

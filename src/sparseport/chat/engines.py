@@ -1,0 +1,217 @@
+"""The runtimes that answer: OpenVINO GenAI for OpenVINO folders, onnxruntime-genai for ONNX folders.
+
+Both run a folder as applications do: with its own `generation_config.json` or `genai_config.json`, and with their own
+tokenizers and template engines.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparseport.chat.conversation import Answer, Engine, Finish, Message, OnText, Sampling
+from sparseport.chat.folder import ChatFolder
+from sparseport.checkpoints.json_files import read_json
+from sparseport.errors import EnvironmentProblem
+from sparseport.extras import missing
+
+# Room for tokens that a generator of onnxruntime-genai is made with, in steps: its KV cache is allocated at once.
+_ROOM = 1024
+
+
+def load_engine(folder: ChatFolder) -> Engine:
+    """The folder in its runtime, on the CPU.
+
+    Raises:
+        EnvironmentProblem: the runtime is not installed, or cannot load the folder.
+    """
+    make = OpenVinoEngine if folder.target == "openvino" else OnnxEngine
+    try:
+        return make(folder.path, folder.adapter)
+    except ModuleNotFoundError as error:
+        raise missing(error.name, folder.target) from error
+    except Exception as error:
+        raise EnvironmentProblem(
+            f"the runtime cannot load the folder: {type(error).__name__}: {' '.join(str(error).split())[:300]}",
+            where=folder.path,
+            fix="`--verify` says whether the folder is whole, `sparseport doctor` whether the runtime is",
+        ) from error
+
+
+class OpenVinoEngine:
+    """An OpenVINO folder in `openvino_genai.LLMPipeline`, which finds what it has read before in its cache.
+
+    That cache knows tokens, not adapters (GenAI 2026.4). One process has one adapter here, so it is right.
+    """
+
+    def __init__(self, folder: Path, adapter: str | None) -> None:
+        import openvino
+        import openvino_genai
+
+        self._openvino, self._genai = openvino, openvino_genai
+        options: dict[str, Any] = {}
+        if adapter is not None:
+            options["adapters"] = openvino_genai.AdapterConfig(openvino_genai.Adapter(str(folder / adapter)))
+        self._pipeline = openvino_genai.LLMPipeline(str(folder), "CPU", **options)
+        self._tokenizer = self._pipeline.get_tokenizer()
+        self.has_template = bool(self._tokenizer.chat_template)
+
+    def fill_template(self, messages: Sequence[Message]) -> str:
+        """See `Engine`."""
+        return str(self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True))
+
+    def encode(self, text: str, special_tokens: bool) -> list[int]:
+        """See `Engine`."""
+        encoded = self._tokenizer.encode(text, add_special_tokens=special_tokens)
+        return [int(token) for token in encoded.input_ids.data[0]]
+
+    def generate(self, tokens: list[int], sampling: Sampling, on_text: OnText) -> Answer:
+        """See `Engine`."""
+        config = self._pipeline.get_generation_config()
+        config.max_new_tokens, config.num_beams = sampling.max_tokens, 1
+        config.do_sample = sampling.temperature is not None
+        if sampling.temperature is not None:
+            config.temperature, config.rng_seed = sampling.temperature, sampling.seed
+        ids = np.array([tokens], np.int64)
+        inputs = self._genai.TokenizedInputs(self._openvino.Tensor(ids), self._openvino.Tensor(np.ones_like(ids)))
+        status = self._genai.StreamingStatus
+        pieces: list[str] = []
+        stopped: list[BaseException | None] = []
+
+        def write(piece: str) -> Any:
+            # An exception must not pass through the runtime: it is raised again when the runtime has come back.
+            pieces.append(piece)
+            try:
+                if on_text(piece):
+                    return status.RUNNING
+                stopped.append(None)
+            except BaseException as error:
+                stopped.append(error)
+            return status.STOP
+
+        result = self._pipeline.generate(inputs, config, write)
+        for error in stopped:
+            if error is not None:
+                raise error
+        measured = result.perf_metrics
+        written = int(measured.get_num_generated_tokens())
+        full = written >= sampling.max_tokens
+        return Answer(
+            text="".join(pieces),
+            prompt_tokens=len(tokens),
+            tokens=written,
+            first_token=measured.get_ttft().mean / 1000,
+            per_second=1000 / measured.get_tpot().mean if written > 1 else None,
+            finish="stopped" if stopped else "length" if full else "end",
+        )
+
+    def reset(self) -> None:
+        """See `Engine`: the pipeline takes its seed anew with every answer."""
+
+
+class OnnxEngine:
+    """An ONNX folder in onnxruntime-genai; the generator goes on from what it has read before."""
+
+    def __init__(self, folder: Path, adapter: str | None) -> None:
+        import onnxruntime_genai
+
+        self._genai = onnxruntime_genai
+        self._model = onnxruntime_genai.Model(str(folder))
+        self._tokenizer = onnxruntime_genai.Tokenizer(self._model)
+        self._adapters: Any = None
+        if adapter is not None:
+            self._adapters = onnxruntime_genai.Adapters(self._model)
+            self._adapters.load(str(folder / adapter), "chosen")
+        self._generator: Any = None
+        self._room = 0
+        self._sampling: tuple[float | None, int] | None = None
+        self._ends = _end_tokens(folder)
+        self.has_template = _has_template(folder)
+
+    def fill_template(self, messages: Sequence[Message]) -> str:
+        """See `Engine`."""
+        return str(self._tokenizer.apply_chat_template(json.dumps(list(messages)), add_generation_prompt=True))
+
+    def encode(self, text: str, special_tokens: bool) -> list[int]:
+        """See `Engine`."""
+        self._tokenizer.update_options(add_special_tokens="true" if special_tokens else "false")
+        return [int(token) for token in self._tokenizer.encode(text)]
+
+    def generate(self, tokens: list[int], sampling: Sampling, on_text: OnText) -> Answer:
+        """See `Engine`."""
+        started = time.perf_counter()
+        generator = self._read(tokens, sampling)
+        stream = self._tokenizer.create_stream()
+        pieces: list[str] = []
+        moments: list[float] = []
+        finish: Finish = "length"
+        while len(moments) < sampling.max_tokens:
+            generator.generate_next_token()
+            moments.append(time.perf_counter())
+            token = int(generator.get_next_tokens()[0])
+            if token in self._ends:
+                finish = "end"
+                break
+            piece = stream.decode(token)
+            pieces.append(piece)
+            if not on_text(piece):
+                finish = "stopped"
+                break
+        return Answer(
+            text="".join(pieces),
+            prompt_tokens=len(tokens),
+            tokens=len(moments),
+            first_token=moments[0] - started,
+            per_second=(len(moments) - 1) / (moments[-1] - moments[0]) if len(moments) > 1 else None,
+            finish=finish,
+        )
+
+    def reset(self) -> None:
+        """See `Engine`."""
+        self._generator = None
+
+    def _read(self, tokens: list[int], sampling: Sampling) -> Any:
+        """A generator that has read `tokens`: the last one, where it began with the same ones, or a new one."""
+        chosen = (sampling.temperature, sampling.seed)
+        needed = len(tokens) + sampling.max_tokens
+        if self._generator is None or needed > self._room or chosen != self._sampling:
+            self._room, self._sampling = -(-needed // _ROOM) * _ROOM, chosen
+            self._generator = self._fresh(sampling)
+            self._generator.append_tokens(np.array(tokens, np.int32))
+            return self._generator
+        seen = [int(token) for token in self._generator.get_sequence(0)]
+        # One token at least has to be read: the next one is chosen from what the last one gives.
+        most = min(len(seen), len(tokens) - 1)
+        same = next((at for at in range(most) if seen[at] != tokens[at]), most)
+        self._generator.rewind_to(same)
+        self._generator.append_tokens(np.array(tokens[same:], np.int32))
+        return self._generator
+
+    def _fresh(self, sampling: Sampling) -> Any:
+        parameters = self._genai.GeneratorParams(self._model)
+        options: dict[str, Any] = {"max_length": self._room, "num_beams": 1}
+        options["do_sample"] = sampling.temperature is not None
+        if sampling.temperature is not None:
+            options |= {"temperature": sampling.temperature, "random_seed": sampling.seed}
+        parameters.set_search_options(**options)
+        generator = self._genai.Generator(self._model, parameters)
+        if self._adapters is not None:
+            generator.set_active_adapter(self._adapters, "chosen")
+        return generator
+
+
+def _end_tokens(folder: Path) -> set[int]:
+    found = read_json(folder / "genai_config.json", what="genai_config.json")["model"].get("eos_token_id")
+    return set(found) if isinstance(found, list) else {found} - {None}
+
+
+def _has_template(folder: Path) -> bool:
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    config = folder / "tokenizer_config.json"
+    return config.is_file() and bool(read_json(config, what="tokenizer_config.json").get("chat_template"))

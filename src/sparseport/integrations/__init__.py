@@ -1,0 +1,1 @@
+"""Where sparseport meets other people's tools and services."""
