@@ -15,7 +15,10 @@ import pytest
 from sparseport import cli
 from sparseport.errors import FidelityError
 
-VERBS = (*("export", "verify", "inspect", "demo", "sparsify", "quantize", "finetune", "search", "evaluate", "run"),)
+VERBS = (
+    *("export", "verify", "inspect", "demo", "sparsify", "quantize", "finetune", "search", "evaluate", "run"),
+    *("chat", "push", "doctor"),
+)
 
 
 def run(capsys, *arguments):

@@ -100,7 +100,7 @@ class OpenVinoEngine:
                 raise error
         measured = result.perf_metrics
         written = int(measured.get_num_generated_tokens())
-        full = written >= sampling.max_tokens
+        full = result.finish_reasons[0] == self._genai.GenerationFinishReason.LENGTH
         return Answer(
             text="".join(pieces),
             prompt_tokens=len(tokens),

@@ -95,10 +95,11 @@ RULES = (
     ),
     Rule(
         name="optimum-intel-torchvision",
-        level="broken",
-        what="optimum-intel 2.2.0 imports torchvision without asking for it, and no export to OpenVINO starts",
-        fix="pip install optimum-intel=={optimum-intel}, or install the torchvision that goes with your torch",
-        when={"optimum-intel": ">=2.2,<2.3"},
+        level="warning",
+        what="optimum-intel 2.2 asks for torchvision, which has to be of torch's own build and release; the one that "
+        "pip takes from the default index can bring another torch with it",
+        fix="pip install optimum-intel=={optimum-intel}, or torchvision from the index that torch came from",
+        when={"optimum-intel": ">=2.2"},
         absent=("torchvision",),
     ),
     Rule(
@@ -111,23 +112,23 @@ RULES = (
     Rule(
         name="optimum-intel-transformers",
         level="broken",
-        what="optimum-intel 2.1 asks for transformers before 5.6",
+        what="optimum-intel 2.1 and 2.2 ask for transformers before 5.6",
         fix="pip install transformers=={transformers}",
-        when={"optimum-intel": "<2.2", "transformers": ">=5.6"},
+        when={"optimum-intel": "<2.3", "transformers": ">=5.6"},
     ),
     Rule(
         name="optimum-onnx-transformers",
         level="broken",
-        what="optimum-onnx asks for transformers before 4.58, sparseport for 5 or newer",
+        what="optimum-onnx 0.1 asks for transformers before 4.58, sparseport for 5 or newer",
         fix="give optimum-onnx a virtual environment of its own; folders are exchanged as files",
-        when={"optimum-onnx": "", "transformers": ">=4.58"},
+        when={"optimum-onnx": "<0.2", "transformers": ">=4.58"},
     ),
     Rule(
         name="optimum-onnx-optimum-intel",
         level="broken",
-        what="optimum-onnx and optimum-intel ask for different releases of transformers and optimum",
+        what="optimum-onnx 0.1 asks for optimum 2.1, optimum-intel for optimum 2.3",
         fix="give optimum-onnx a virtual environment of its own; folders are exchanged as files",
-        when={"optimum-onnx": "", "optimum-intel": ""},
+        when={"optimum-onnx": "<0.2", "optimum-intel": ">=2.1"},
     ),
     Rule(
         name="olive-model-builder",

@@ -32,7 +32,7 @@ def ask(runtime: str, timeout: float) -> dict[str, Any]:
         try:
             return child.result(timeout)
         except SparseportError as error:
-            return {"error": error.what + (f": {error.found}" if error.found else "")}
+            return {"error": ": ".join(part for part in (error.what, error.where, error.found) if part)}
 
 
 def with_missing(openvino: dict[str, Any], root: Path = ROOT) -> dict[str, Any]:

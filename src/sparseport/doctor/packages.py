@@ -73,7 +73,7 @@ def read_installed() -> Installed:
     return Installed(versions, requirements, {name: tuple(found) for name, found in doubled.items()})
 
 
-def tested_versions() -> dict[str, str]:
+def read_tested() -> dict[str, str]:
     """The versions that sparseport was tested with, by canonical name: a copy of the repository's constraints.txt."""
     found = map(_PIN.match, _TESTED.read_text(encoding="utf-8").splitlines())
     return {canonical(pin["name"]): pin["version"] for pin in found if pin}
@@ -87,7 +87,7 @@ def unmet(installed: Installed) -> list[tuple[str, str, str]] | None:
     """
     try:
         from packaging.requirements import InvalidRequirement, Requirement
-        from packaging.version import InvalidVersion
+        from packaging.version import InvalidVersion, Version
     except ModuleNotFoundError:
         return None
     found = []
@@ -98,7 +98,7 @@ def unmet(installed: Installed) -> list[tuple[str, str, str]] | None:
                 if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
                     continue
                 version = installed.versions.get(canonical(wanted.name))
-                if version is None or not wanted.specifier.contains(version, prereleases=True):
+                if version is None or not wanted.specifier.contains(Version(version), prereleases=True):
                     plain = f"{wanted.name}{wanted.specifier}"
                     found.append((owner, plain, version or "absent"))
             except (InvalidRequirement, InvalidVersion):

@@ -50,7 +50,7 @@ def examine(
         on_runtime: called with the name of each runtime before it is asked.
         own_switches: environment variables that sparseport set itself, which say nothing about the user's choice.
     """
-    installed, tested = packages.read_installed(), packages.tested_versions()
+    installed, tested = packages.read_installed(), packages.read_tested()
     problems = [*_python(sys.version_info[:2]), *judge(installed.versions, facts(installed), tested)]
     problems += [*_doubled(installed), *_unmet(installed, problems)]
     found: dict[str, Any] = {}

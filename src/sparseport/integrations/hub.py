@@ -17,6 +17,8 @@ from sparseport.errors import BadInput, EnvironmentProblem, OutputExists, Sparse
 from sparseport.verify.certificate import FILE_NAME
 
 _AGAIN = "run the same command again, with --exist-ok; what has arrived is not sent twice, a commit is whole or absent"
+# Timeout, conflict with another commit, too many requests: the same request may pass later.
+_LATER = (408, 409, 412, 429)
 _LOGIN = "`hf auth login` with a token that may write, or set HF_TOKEN"
 
 
@@ -137,6 +139,7 @@ def _different_certificates(api: Any, repo_id: str, commit: str, folder: Path, n
 
 def _problem(error: Exception, stage: str, repo_id: str, token: str) -> SparseportError:
     """What the parent raises for an exception of huggingface_hub or of the connection, without the token."""
+    import httpx
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     told = next((one for one in _causes(error) if isinstance(one, HfHubHTTPError | HFValidationError)), None)
@@ -157,18 +160,13 @@ def _problem(error: Exception, stage: str, repo_id: str, token: str) -> Sparsepo
         )
     if status == 404:
         return BadInput("the hub has no such repository or branch", code="E_REPO", fix="look at the names", **facts)
-    if status is None and not _is_connection(error):
-        return SparseportError("the push failed", fix="run again with --debug and report it", **facts)
-    what = "the connection to the hub failed" if status is None else "the hub refused or failed"
+    if status is not None and 400 <= status < 500 and status not in _LATER:
+        return BadInput("the hub refuses this", code="E_HUB", **facts)
+    connection = any(isinstance(one, httpx.TransportError | ConnectionError) for one in _causes(error))
+    what = "the hub failed" if status else "the connection to the hub failed" if connection else "the push failed"
     if stage == "committing":
         what += ", and it is not known whether the commit arrived"
     return EnvironmentProblem(what, code="E_HUB", fix=_AGAIN, **facts)
-
-
-def _is_connection(error: BaseException) -> bool:
-    import httpx
-
-    return any(isinstance(one, httpx.TransportError | OSError) for one in _causes(error))
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

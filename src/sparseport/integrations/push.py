@@ -18,7 +18,7 @@ from sparseport.verify.certificate import FILE_NAME, Certificate, exported_folde
 from sparseport.verify.folder import Verdict, require_all, strangers, unequal_weights, verify
 
 # What huggingface_hub and the hub allow, as far as it can be told without them.
-_REPO_ID = re.compile(r"(?=.{3,96}$)[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]{1,96}", re.ASCII)
 _FORBIDDEN = ("--", "..")
 
 
@@ -142,16 +142,7 @@ def push(
     check_names(repo_id, revision)
     progress = progress or Progress("quiet")
     bars = progress.style == "bars"
-    environment = online_environment(bars)
-    if is_offline(environment):
-        raise EnvironmentProblem(
-            "the environment says to stay offline",
-            where="HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE",
-            code="E_OFFLINE",
-            fix="unset it for this command: HF_HUB_OFFLINE=0 sparseport push ...",
-        )
-    if find_spec("huggingface_hub") is None:
-        raise missing("huggingface_hub", "hub")
+    environment = hub_environment(bars)
     request = {
         "folder": str(plan.folder.resolve()),
         "files": [[file.name, file.size, file.sha256] for file in plan.files],
@@ -185,22 +176,40 @@ def check_names(repo_id: str, revision: str | None) -> None:
     Raises:
         BadInput: E_REPO.
     """
-    name = repo_id.removesuffix("/")
+    parts = repo_id.split("/")
     if (
-        not _REPO_ID.fullmatch(name)
-        or any(part in name for part in _FORBIDDEN)
-        or name.endswith((".git", ".", "-"))
-        or any(part.endswith((".", "-")) for part in name.split("/"))
+        not _REPO_ID.fullmatch(repo_id)
+        or any(text in repo_id for text in _FORBIDDEN)
+        or any(part.startswith((".", "-")) or part.endswith((".", "-", ".git")) for part in parts)
     ):
         raise BadInput(
             "no repository can be called so",
             where="REPO_ID",
-            expected="OWNER/NAME of letters, digits, -, _ and ., 96 characters at most",
+            expected="OWNER/NAME of letters, digits, -, _ and ., with no -- or .. and no - or . at an end",
             found=repo_id[:120],
             code="E_REPO",
         )
     if revision is not None and (not revision or not revision.isprintable() or " " in revision):
         raise BadInput("no branch can be called so", where="--revision", found=revision[:120], code="E_REPO")
+
+
+def hub_environment(bars: bool = False) -> dict[str, str]:
+    """The environment of the process that talks to the hub; with `bars`, it shows progress bars of its own.
+
+    Raises:
+        EnvironmentProblem: E_OFFLINE, the user's environment says to stay offline; or huggingface_hub is not installed.
+    """
+    environment = online_environment(bars)
+    if is_offline(environment):
+        raise EnvironmentProblem(
+            "the environment says to stay offline",
+            where="HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE",
+            code="E_OFFLINE",
+            fix="unset it for this command: HF_HUB_OFFLINE=0 sparseport push ...",
+        )
+    if find_spec("huggingface_hub") is None:
+        raise missing("huggingface_hub", "hub")
+    return environment
 
 
 def _upload(request: dict[str, Any], environment: dict[str, str], show_errors: bool) -> dict[str, Any]:

@@ -40,9 +40,11 @@ def run_push(options: argparse.Namespace) -> int:
     Raises:
         SparseportError: see `sparseport.integrations.push`.
     """
-    from sparseport.integrations.push import check_names, plan_push, push
+    from sparseport.integrations.push import check_names, hub_environment, plan_push, push
 
     check_names(options.repo_id, options.revision)
+    if not options.dry_run:
+        hub_environment()  # before the folder is read, which takes a while
     progress = Progress("quiet" if options.quiet else "auto")
     plan = plan_push(options.folder, options.also, progress)
     if options.dry_run:
