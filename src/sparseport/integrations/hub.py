@@ -19,6 +19,7 @@ from sparseport.verify.certificate import FILE_NAME
 _AGAIN = "run the same command again, with --exist-ok; what has arrived is not sent twice, a commit is whole or absent"
 # Timeout, conflict with another commit, too many requests: the same request may pass later.
 _LATER = (408, 409, 412, 429)
+_COMPARING = "comparing commit"
 _LOGIN = "`hf auth login` with a token that may write, or set HF_TOKEN"
 
 
@@ -92,7 +93,7 @@ def _upload(
     api.preupload_lfs_files(repo_id, operations, revision=revision, free_memory=False)
     stage.append("committing")
     commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision)
-    stage.append("comparing what is there")
+    stage.append(f"{_COMPARING} {commit.oid}")
     listed = {item.path: item for item in api.list_repo_tree(repo_id, recursive=True, revision=commit.oid)}
     there = {path: item for path, item in listed.items() if hasattr(item, "blob_id")}
     differences = [line for name, size, sha256 in files for line in _different(folder, name, size, sha256, there)]
@@ -162,10 +163,14 @@ def _problem(error: Exception, stage: str, repo_id: str, token: str) -> Sparsepo
         return BadInput("the hub has no such repository or branch", code="E_REPO", fix="look at the names", **facts)
     if status is not None and 400 <= status < 500 and status not in _LATER:
         return BadInput("the hub refuses this", code="E_HUB", **facts)
+    # After a connection that was refused, huggingface_hub 1.21 tries again with a client that it has closed.
     connection = any(isinstance(one, httpx.TransportError | ConnectionError) for one in _causes(error))
+    connection = connection or "client has been closed" in text
     what = "the hub failed" if status else "the connection to the hub failed" if connection else "the push failed"
     if stage == "committing":
         what += ", and it is not known whether the commit arrived"
+    elif stage.startswith(_COMPARING):
+        what += ", and the commit that is there was not compared"
     return EnvironmentProblem(what, code="E_HUB", fix=_AGAIN, **facts)
 
 
