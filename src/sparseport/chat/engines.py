@@ -130,7 +130,10 @@ class OnnxEngine:
         self._generator: Any = None
         self._room = 0
         self._sampling: tuple[float | None, int] | None = None
-        self._ends = _end_tokens(folder)
+        config = read_json(folder / "genai_config.json", what="genai_config.json")["model"]
+        ends = config.get("eos_token_id")
+        self._ends = set(ends) if isinstance(ends, list) else {ends} - {None}
+        self._longest = config.get("context_length")
         self.has_template = _has_template(folder)
 
     def fill_template(self, messages: Sequence[Message]) -> str:
@@ -180,7 +183,8 @@ class OnnxEngine:
         chosen = (sampling.temperature, sampling.seed)
         needed = len(tokens) + sampling.max_tokens
         if self._generator is None or needed > self._room or chosen != self._sampling:
-            self._room, self._sampling = -(-needed // _ROOM) * _ROOM, chosen
+            rounded, longest = -(-needed // _ROOM) * _ROOM, self._longest
+            self._room, self._sampling = rounded if longest is None else min(rounded, max(longest, needed)), chosen
             self._generator = self._fresh(sampling)
             self._generator.append_tokens(np.array(tokens, np.int32))
             return self._generator
@@ -203,11 +207,6 @@ class OnnxEngine:
         if self._adapters is not None:
             generator.set_active_adapter(self._adapters, "chosen")
         return generator
-
-
-def _end_tokens(folder: Path) -> set[int]:
-    found = read_json(folder / "genai_config.json", what="genai_config.json")["model"].get("eos_token_id")
-    return set(found) if isinstance(found, list) else {found} - {None}
 
 
 def _has_template(folder: Path) -> bool:

@@ -17,7 +17,7 @@ from sparseport.progress import Progress
 
 NAME = "chat"
 HELP = "Talk to an exported folder in its runtime, or get one answer."
-EXAMPLE = 'sparseport chat out --prompt "Dim the lights."'
+EXAMPLE = "sparseport chat out --max-tokens 200"
 
 
 def add_chat(verb: argparse.ArgumentParser) -> None:

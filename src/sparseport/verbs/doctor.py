@@ -12,7 +12,7 @@ from sparseport.progress import Progress
 
 NAME = "doctor"
 HELP = "Look at packages, their known conflicts, devices and this machine, and say what stands in the way."
-EXAMPLE = "sparseport doctor"
+EXAMPLE = "sparseport doctor --json"
 
 _COLOURS = {"broken": "red", "warning": "yellow", "note": "cyan"}
 
