@@ -78,6 +78,16 @@ def test_a_conversation_that_is_too_long_is_refused_and_forgotten() -> None:
     assert engine.sampling[1].max_tokens == 4
 
 
+def test_bytes_that_are_no_text() -> None:
+    """How Python hands on what was typed in another encoding."""
+    engine = FakeEngine("x")
+    conversation = Conversation(engine)
+    with pytest.raises(BadInput) as caught:
+        conversation.ask(b"caf\xe9".decode("utf-8", "surrogateescape"), lambda piece: True)
+    assert caught.value.code == "E_TEXT" and engine.asked == []
+    conversation.ask("café 😀", lambda piece: True)
+
+
 def test_a_template_that_refuses() -> None:
     conversation = Conversation(FakeEngine("x"), system="refuse")
     with pytest.raises(BadInput) as caught:

@@ -33,8 +33,8 @@ TEMPLATE = (
 )
 # How much less likely than torch's best a chosen token's logit may be: defaults of some processors round activations.
 NEARLY = 0.05
-# The token that conversations begin with; users do not type it.
-BEGIN = 200
+# The token that conversations begin with, as a text; users do not type it.
+FIRST = "|"
 
 
 def yes(piece: str) -> bool:
@@ -48,10 +48,10 @@ def base(tiny_sparse: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = Path(shutil.copytree(tiny_sparse, tmp_path_factory.mktemp("talks") / "base"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    tokenizer.bos_token, tokenizer.chat_template = tokenizer.convert_ids_to_tokens(BEGIN), TEMPLATE
+    tokenizer.bos_token, tokenizer.chat_template = FIRST, TEMPLATE
     tokenizer.save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
-    plain = tokenizer("".join(map(chr, range(32, 127))))["input_ids"]
+    plain = tokenizer("".join(chr(code) for code in range(32, 127) if chr(code) != FIRST))["input_ids"]
     others = [token for token in range(len(tensors["lm_head.weight"])) if token not in plain]
     tensors["lm_head.weight"][others] = 0  # logits of 0 are far from the largest of a hundred
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -95,7 +95,7 @@ def test_prompts_are_those_of_transformers(engine: Any, original: Any) -> None:
     messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "Wie geht's? ünï"}]
     ids = engine.encode(engine.fill_template(messages), special_tokens=False)
     wanted = original.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    assert engine.has_template and ids == wanted and ids.count(BEGIN) == 1
+    assert engine.has_template and ids == wanted and ids.count(original.bos_token_id) == 1
     assert engine.encode("a fox", special_tokens=True) == original("a fox")["input_ids"]
 
 
@@ -108,12 +108,12 @@ def test_a_first_token_comes_once(exported: Path, base: Path, loaded: dict[str, 
 
     begins = Path(shutil.copytree(base, tmp_path / "base"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(begins)
-    first = tokenizer.bos_token
+    first = tokenizer.bos_token_id
     tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{first} $A", special_tokens=[(first, BEGIN)]
+        single=f"{FIRST} $A", special_tokens=[(FIRST, first)]
     )
     tokenizer.save_pretrained(begins)
-    assert tokenizer("x")["input_ids"][0] == BEGIN
+    assert tokenizer("x")["input_ids"][0] == first
     for target, engine in loaded.items():
         folder = Path(shutil.copytree(exported / target, tmp_path / target))
         for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -122,7 +122,7 @@ def test_a_first_token_comes_once(exported: Path, base: Path, loaded: dict[str, 
             convert_tokenizer_folder(begins, folder)
         other = type(engine)(folder, None)
         prompt = other.fill_template([{"role": "user", "content": "Hi"}])
-        assert other.encode(prompt, special_tokens=False).count(BEGIN) == 1, target
+        assert other.encode(prompt, special_tokens=False).count(first) == 1, target
         assert other.encode("Hi", special_tokens=True) == tokenizer("Hi")["input_ids"], target
 
 
@@ -252,7 +252,7 @@ def test_the_quick_check(exported: Path, tmp_path: Path) -> None:
     with pytest.raises(VerificationError, match="no file"):
         open_folder(folder)
     sealed = (folder / "sparseport.json").read_bytes()
-    (folder / "sparseport.json").write_bytes(sealed.replace(b"llama", b"lama_"))
+    (folder / "sparseport.json").write_bytes(sealed.replace(b'"size":', b'"size": ', 1))
     with pytest.raises(VerificationError, match="changed after"):
         open_folder(folder)
 

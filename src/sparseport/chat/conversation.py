@@ -119,9 +119,11 @@ class Conversation:
         """The answer to a text. What was asked and answered, or answered in part, belongs to the conversation then.
 
         Raises:
-            BadInput: E_CONTEXT, the conversation is longer than the model reads; E_TEMPLATE, the chat template refuses
-                it. Nothing was said then.
+            BadInput: E_TEXT, it was no UTF-8 text when it was typed; E_CONTEXT, the conversation is longer than the
+                model reads; E_TEMPLATE, the chat template refuses it. Nothing was said then.
         """
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise BadInput("the prompt is no UTF-8 text", where="prompt", found=ascii(text)[:80], code="E_TEXT")
         messages = [*self.messages, {"role": "user", "content": text}]
         tokens = self.engine.encode(text if self.plain else self._filled(messages), special_tokens=self.plain)
         sampling = self._within(len(tokens))

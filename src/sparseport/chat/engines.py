@@ -43,6 +43,85 @@ def load_engine(folder: ChatFolder) -> Engine:
         ) from error
 
 
+class _Written:
+    """What a model has written so far: texts, moments of tokens, and how it came to an end.
+
+    Runtimes call this in the middle of their own code, so what `on_text` raises is kept and raised by `answer`.
+    """
+
+    def __init__(self, prompt_tokens: int, ends: set[int], on_text: OnText) -> None:
+        self.moments: list[float] = []
+        self.over = False
+        self._started = time.perf_counter()
+        self._prompt_tokens, self._ends, self._on_text = prompt_tokens, ends, on_text
+        self._pieces: list[str] = []
+        self._finish: Finish = "length"
+        self._error: BaseException | None = None
+
+    def token(self, token: int) -> bool:
+        """Count a token; returns whether it has a text, as an end token has not."""
+        self.moments.append(time.perf_counter())
+        if token in self._ends:
+            self.over, self._finish = True, "end"
+        return not self.over
+
+    def text(self, piece: str) -> bool:
+        """Hand a text on; returns whether to go on."""
+        if piece and self._error is None:
+            self._pieces.append(piece)
+            try:
+                goes_on = self._on_text(piece)
+            except BaseException as error:
+                goes_on, self._error = False, error
+            if not goes_on and not self.over:
+                self.over, self._finish = True, "stopped"
+        return not self.over
+
+    def answer(self, sampling: Sampling) -> Answer:
+        """The whole of it.
+
+        Raises:
+            BaseException: what `on_text` raised.
+        """
+        if self._error is not None:
+            raise self._error
+        count = len(self.moments)
+        # A runtime may have ended it for a reason of its own, such as a text in the folder's configuration.
+        finish = "end" if self._finish == "length" and count < sampling.max_tokens else self._finish
+        return Answer(
+            text="".join(self._pieces),
+            prompt_tokens=self._prompt_tokens,
+            tokens=count,
+            first_token=self.moments[0] - self._started if count else 0.0,
+            per_second=(count - 1) / (self.moments[-1] - self.moments[0]) if count > 1 else None,
+            finish=finish,
+        )
+
+
+def _token_streamer(genai: Any, tokenizer: Any, written: _Written) -> Any:
+    """What OpenVINO GenAI gives each token to: counts it, and turns it into text unless it is an end token.
+
+    GenAI's own text streamer would write end tokens as text where the tokenizer does not call them special.
+    """
+    status = genai.StreamingStatus
+
+    class TokenStreamer(genai.StreamerBase):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self._texts = genai.TextStreamer(tokenizer, lambda piece: not written.text(piece))
+
+        def write(self, token: int | Sequence[int]) -> Any:
+            for one in token if isinstance(token, Sequence) else [token]:
+                if written.token(int(one)):
+                    self._texts.write(int(one))
+            return status.STOP if written.over else status.RUNNING
+
+        def end(self) -> None:
+            self._texts.end()
+
+    return TokenStreamer()
+
+
 class OpenVinoEngine:
     """An OpenVINO folder in `openvino_genai.LLMPipeline`, which finds what it has read before in its cache.
 
@@ -79,36 +158,10 @@ class OpenVinoEngine:
             config.temperature, config.rng_seed = sampling.temperature, sampling.seed
         ids = np.array([tokens], np.int64)
         inputs = self._genai.TokenizedInputs(self._openvino.Tensor(ids), self._openvino.Tensor(np.ones_like(ids)))
-        status = self._genai.StreamingStatus
-        pieces: list[str] = []
-        stopped: list[BaseException | None] = []
-
-        def write(piece: str) -> Any:
-            # An exception must not pass through the runtime: it is raised again when the runtime has come back.
-            pieces.append(piece)
-            try:
-                if on_text(piece):
-                    return status.RUNNING
-                stopped.append(None)
-            except BaseException as error:
-                stopped.append(error)
-            return status.STOP
-
-        result = self._pipeline.generate(inputs, config, write)
-        for error in stopped:
-            if error is not None:
-                raise error
-        measured = result.perf_metrics
-        written = int(measured.get_num_generated_tokens())
-        full = result.finish_reasons[0] == self._genai.GenerationFinishReason.LENGTH
-        return Answer(
-            text="".join(pieces),
-            prompt_tokens=len(tokens),
-            tokens=written,
-            first_token=measured.get_ttft().mean / 1000,
-            per_second=1000 / measured.get_tpot().mean if written > 1 else None,
-            finish="stopped" if stopped else "length" if full else "end",
-        )
+        written = _Written(len(tokens), {config.eos_token_id, *config.stop_token_ids}, on_text)
+        streamer = _token_streamer(self._genai, self._tokenizer, written)
+        self._pipeline.generate(inputs, config, streamer)
+        return written.answer(sampling)
 
     def reset(self) -> None:
         """See `Engine`: the pipeline takes its seed anew with every answer."""
@@ -147,32 +200,15 @@ class OnnxEngine:
 
     def generate(self, tokens: list[int], sampling: Sampling, on_text: OnText) -> Answer:
         """See `Engine`."""
-        started = time.perf_counter()
+        written = _Written(len(tokens), self._ends, on_text)
         generator = self._read(tokens, sampling)
         stream = self._tokenizer.create_stream()
-        pieces: list[str] = []
-        moments: list[float] = []
-        finish: Finish = "length"
-        while len(moments) < sampling.max_tokens:
+        while len(written.moments) < sampling.max_tokens and not written.over:
             generator.generate_next_token()
-            moments.append(time.perf_counter())
             token = int(generator.get_next_tokens()[0])
-            if token in self._ends:
-                finish = "end"
-                break
-            piece = stream.decode(token)
-            pieces.append(piece)
-            if not on_text(piece):
-                finish = "stopped"
-                break
-        return Answer(
-            text="".join(pieces),
-            prompt_tokens=len(tokens),
-            tokens=len(moments),
-            first_token=moments[0] - started,
-            per_second=(len(moments) - 1) / (moments[-1] - moments[0]) if len(moments) > 1 else None,
-            finish=finish,
-        )
+            if written.token(token):
+                written.text(stream.decode(token))
+        return written.answer(sampling)
 
     def reset(self) -> None:
         """See `Engine`."""
@@ -189,8 +225,9 @@ class OnnxEngine:
             self._generator.append_tokens(np.array(tokens, np.int32))
             return self._generator
         seen = [int(token) for token in self._generator.get_sequence(0)]
-        # One token at least has to be read: the next one is chosen from what the last one gives.
-        most = min(len(seen), len(tokens) - 1)
+        # One token at least has to be read: the next one is chosen from what the last one gives. And the last one that
+        # was written has not been read: onnxruntime-genai 0.18 leaves it out when it goes on.
+        most = min(len(seen), len(tokens)) - 1
         same = next((at for at in range(most) if seen[at] != tokens[at]), most)
         self._generator.rewind_to(same)
         self._generator.append_tokens(np.array(tokens[same:], np.int32))
