@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -122,3 +123,26 @@ def test_children_send_no_telemetry(step) -> None:  # type: ignore[no-untyped-de
     body = "    import sys\n    return {'blocked': sys.modules.get('openvino_telemetry', 0) is None}"
     with Child(step(body), {}) as child:
         assert child.result() == {"blocked": True}
+
+
+def test_a_child_that_takes_too_long_is_told_and_killed(step) -> None:  # type: ignore[no-untyped-def]
+    with (
+        Child(step("    import time\n    time.sleep(600)"), {}) as child,
+        pytest.raises(EnvironmentProblem, match=r"gave no answer within 0\.2 s") as caught,
+    ):
+        child.result(timeout=0.2)
+    assert caught.value.code == "E_TIMEOUT" and child._process.returncode is not None
+
+
+def test_an_environment_and_errors_that_are_let_through(  # type: ignore[no-untyped-def]
+    step, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    body = "    import os, sys\n    print('progress', file=sys.stderr)\n    return {'said': os.environ.get('MINE')}"
+    module = step(body)
+    environment = {**os.environ, "MINE": "yes"}
+    with Child(module, {}, environment, show_errors=True) as child:
+        assert child.result() == {"said": "yes"}
+    assert "progress" in capfd.readouterr().err
+    with Child(module, {}) as child:
+        assert child.result() == {"said": None}
+    assert capfd.readouterr().err == ""

@@ -18,6 +18,7 @@ from sparseport.errors import FidelityError
 VERBS = (
     *("export", "verify", "inspect", "demo", "sparsify", "quantize", "finetune", "search", "evaluate", "run"),
     *("ovms", "report", "bench", "pack", "unpack"),
+    *("chat", "push", "doctor"),
 )
 
 

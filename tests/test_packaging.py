@@ -45,9 +45,9 @@ FLOORS = (
     {"compress"},
     {"inspection", "pipeline", "nls", "transit"},
     {"job", "report"},
-    {"bench", "integrations", "demo", "show"},
+    {"bench", "chat", "demo", "doctor", "integrations", "show"},
     {"verbs"},
-    {"cli", "doctor"},
+    {"cli"},
     {"__main__"},
 )
 FLOOR_OF = {name: height for height, names in enumerate(FLOORS) for name in names}
@@ -56,7 +56,7 @@ FLOOR_OF = {name: height for height, names in enumerate(FLOORS) for name in name
 HEAVY = {
     *("accelerate", "datasets", "gguf", "nncf", "onnx", "onnxruntime", "onnxruntime_genai", "openvino"),
     *("openvino_genai", "openvino_tokenizers", "optimum", "peft", "safetensors", "tokenizers", "torch", "transformers"),
-    *("matplotlib", "pymoo", "ray", "zstandard"),
+    *("huggingface_hub", "matplotlib", "pymoo", "ray", "zstandard"),
 }
 # The training core subclasses torch modules, and plugins subclass their hosts: they may need the extras at import.
 MAY_BE_HEAVY = ("sparseport.nls", "sparseport.integrations")

@@ -19,7 +19,7 @@ from typing import Any
 
 from sparseport import errors
 from sparseport.errors import EnvironmentProblem, SparseportError
-from sparseport.offline import go_offline
+from sparseport.offline import go_offline, go_quiet
 
 _LESS_MEMORY = "`--no-numerics` skips the comparison; `--dry-run` shows the estimate"
 # Signals that a defect in a library sends; any other signal comes from outside, from the kernel when memory runs out.
@@ -27,16 +27,29 @@ _CRASHES = ("SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE", "SIGABRT")
 
 
 class Child:
-    """A running step; `result()` waits for it and returns what it printed."""
+    """A running step; `result()` waits for it and returns what it printed.
 
-    def __init__(self, module: str, request: dict[str, Any]) -> None:
-        env = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    Args:
+        module: serves the step when it is run.
+        request: the step's arguments.
+        environment: variables for the child; this process's own if None.
+        show_errors: let its standard error through, for steps that report their own progress there.
+    """
+
+    def __init__(
+        self,
+        module: str,
+        request: dict[str, Any],
+        environment: dict[str, str] | None = None,
+        show_errors: bool = False,
+    ) -> None:
+        env = {**(os.environ if environment is None else environment), "PYTHONWARNINGS": "ignore"}
         self.module = module
         self._process = subprocess.Popen(
             [sys.executable, "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=None if show_errors else subprocess.PIPE,
             env=env,
             text=True,
         )
@@ -54,17 +67,23 @@ class Child:
             self._process.kill()
             self._process.wait()
 
-    def result(self) -> dict[str, Any]:
-        """Wait and return the child's answer.
+    def result(self, timeout: float | None = None) -> dict[str, Any]:
+        """Wait, for `timeout` seconds at most, and return the child's answer.
 
         Raises:
             SparseportError: what the child raised, of the same class; exit status 70 if it was no error of ours.
-            EnvironmentProblem: memory ran out, a package is missing, or the child died without an answer.
+            EnvironmentProblem: memory ran out, a package is missing, the child died without an answer, or
+                (E_TIMEOUT) it has not answered yet; it is killed at the end of the `with` block.
         """
-        out, err = self._process.communicate()
+        try:
+            out, err = self._process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired as error:
+            raise EnvironmentProblem(
+                f"step {self.module} gave no answer within {timeout:g} s", code="E_TIMEOUT"
+            ) from error
         lines = [line for line in out.splitlines() if line.startswith("{")]
         if not lines:
-            raise _death(self.module, self._process.returncode, err)
+            raise _death(self.module, self._process.returncode, err or "")
         answer: dict[str, Any] = json.loads(lines[-1])
         if "error" in answer:
             raise _rebuild(answer["error"]) from _ChildTraceback(answer["traceback"])
@@ -78,9 +97,15 @@ class _ChildTraceback(Exception):
         return f"in the child process\n{self.args[0]}"
 
 
-def serve(step: Callable[..., dict[str, Any]]) -> None:
-    """The child's main: read the request from standard input, run `step(**request)`, print the answer."""
-    go_offline()
+def serve(step: Callable[..., dict[str, Any]], online: bool = False) -> None:
+    """The child's main: read the request from standard input, run `step(**request)`, print the answer.
+
+    `online` is for the one step that may reach a hub; telemetry is off there as well.
+    """
+    if online:
+        go_quiet()
+    else:
+        go_offline()
     request = json.load(sys.stdin)
     # Libraries print banners; only our one line may reach the parent.
     answer_to = os.fdopen(os.dup(1), "w", encoding="utf-8")

@@ -15,14 +15,17 @@ from typing import Any
 
 from sparseport import __version__
 from sparseport.errors import EnvironmentProblem, SparseportError, VerificationError
-from sparseport.offline import go_offline
+from sparseport.offline import go_offline, take_back
 from sparseport.verbs import (
     bench,
+    chat,
+    doctor,
     evaluate,
     export,
     finetune,
     ovms,
     pack,
+    push,
     quantize,
     report,
     run,
@@ -73,10 +76,8 @@ def _run(options: argparse.Namespace) -> int:
 @contextmanager
 def _own_process() -> Iterator[None]:
     """Our signal handler and offline switches while a verb runs; who calls `main` from Python gets back what it had."""
-    environment = set(os.environ)
     telemetry = "openvino_telemetry" in sys.modules
-    go_offline()
-    switches = set(os.environ) - environment
+    switched = go_offline()
     in_main_thread = threading.current_thread() is threading.main_thread()  # elsewhere Python allows no handlers
     handler = signal.signal(signal.SIGTERM, _terminate) if in_main_thread else None
     try:
@@ -84,8 +85,7 @@ def _own_process() -> Iterator[None]:
     finally:
         if handler is not None:
             signal.signal(signal.SIGTERM, handler)
-        for name in switches:
-            os.environ.pop(name, None)
+        take_back(switched)
         if not telemetry:
             sys.modules.pop("openvino_telemetry", None)
 
@@ -124,6 +124,9 @@ def _parser() -> argparse.ArgumentParser:
     ovms.add_ovms(_verb(verbs, ovms.NAME, ovms.HELP, ovms.EXAMPLE))
     pack.add_pack(_verb(verbs, pack.NAME, pack.HELP, pack.EXAMPLE))
     unpack.add_unpack(_verb(verbs, unpack.NAME, unpack.HELP, unpack.EXAMPLE))
+    chat.add_chat(_verb(verbs, chat.NAME, chat.HELP, chat.EXAMPLE))
+    push.add_push(_verb(verbs, push.NAME, push.HELP, push.EXAMPLE))
+    doctor.add_doctor(_verb(verbs, doctor.NAME, doctor.HELP, doctor.EXAMPLE))
     return parser
 
 

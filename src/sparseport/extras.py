@@ -12,11 +12,17 @@ EXTRAS = {
     "onnx": ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai", "torch", "transformers"),
     "search": ("pymoo", "matplotlib"),
     "distributed": ("ray",),
+    "hub": ("huggingface_hub",),
     "pack": ("zstandard",),
 }
 """Extra of this package (a target's has its name) -> packages that have to be there, by the names of imports."""
 
-_USERS = {"search": "an evolutionary search or its picture", "distributed": "a search on Ray", "pack": "packing"}
+_USERS = {
+    "search": "an evolutionary search or its picture",
+    "distributed": "a search on Ray",
+    "hub": "a push to a hub",
+    "pack": "packing",
+}
 
 
 def require_packages(extras: Iterable[str]) -> None:

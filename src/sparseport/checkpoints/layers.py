@@ -12,6 +12,8 @@ from sparseport.errors import BadInput
 
 _LAYER = re.compile(r"^(?P<stem>(?:.*\.)?(?:layers|h|blocks))\.(?P<index>\d+)\.(?P<rest>.+)$")
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
+# Names of a config's longest input, in the order that lm-evaluation-harness looks for them.
+INPUT_LENGTHS = ("n_positions", "max_position_embeddings", "n_ctx")
 # Where the language model's part of a config stands if the model does more than language.
 _TEXT = "text_config"
 # Python refuses to read a number of thousands of digits, and no model has that many layers.
@@ -26,6 +28,12 @@ def layer_count(config: Mapping[str, Any]) -> int | None:
             if type(place.get(key)) is int:
                 return int(place[key])
     return None
+
+
+def longest_stated(config: Mapping[str, Any]) -> int | None:
+    """Tokens that a model reads at most by its config.json, under any name of that; None if it does not say."""
+    found = (config.get(name) for name in INPUT_LENGTHS)
+    return next((int(length) for length in found if isinstance(length, int)), None)
 
 
 def check_heads(config: dict[str, Any], where: str) -> None:

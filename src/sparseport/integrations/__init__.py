@@ -1,1 +1,1 @@
-"""Exported folders in the places that other tools expect them in."""
+"""Where sparseport meets other people's tools and services."""

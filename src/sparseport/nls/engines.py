@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseport.checkpoints.json_files import read_json
+from sparseport.checkpoints.layers import longest_stated
 from sparseport.errors import BadInput
 from sparseport.nls.adapters import no_switch
 from sparseport.verify.runs import OPENVINO_FULL_PRECISION, exact_level, open_onnx
@@ -24,8 +25,7 @@ from sparseport.verify.sessions import F32, OpenVinoSession, Session
 Precision = Literal["default", "full"]
 """`default`: as applications run a folder; `full`: float32, nothing about activations or KV cache quantised."""
 
-# Names of a config's longest input, in the order that lm-evaluation-harness looks for them, and its own default.
-_LENGTHS = ("n_positions", "max_position_embeddings", "n_ctx")
+# What lm-evaluation-harness takes for a config that does not say.
 _DEFAULT_LENGTH = 2048
 # Continuations that go through a torch model at once. They differ in length more than contexts do, and filling costs as
 # much as tokens; a call costs too, most of all where layers are merged in the forward pass.
@@ -224,5 +224,5 @@ def folder_length(folder: Path) -> int:
 
 def longest_input(config: Mapping[str, Any]) -> int:
     """Tokens that a model reads at most, by its config; 2048 if that does not say (lm-evaluation-harness' default)."""
-    found = (config.get(name) for name in _LENGTHS)
-    return next((int(length) for length in found if isinstance(length, int)), _DEFAULT_LENGTH)
+    length = longest_stated(config)
+    return _DEFAULT_LENGTH if length is None else length

@@ -86,6 +86,10 @@ class Certificate:
         """SHA-256 of everything else in the certificate."""
         return hashlib.sha256(canonical({**self.body, _PROOF: self.proof()})).hexdigest()
 
+    def seal(self) -> str:
+        """The seal, SHA-256 in hexadecimal: what sender and receiver of a copy compare."""
+        return str(json.loads(self.sealed())[_SEAL])
+
     def proof(self) -> str:
         """SHA-256 of the body without the measured logits."""
         return hashlib.sha256(canonical({key: self.body[key] for key in self.body if key != "numerics"})).hexdigest()

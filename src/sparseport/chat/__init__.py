@@ -1,0 +1,1 @@
+"""Talking to an exported folder on a terminal."""
