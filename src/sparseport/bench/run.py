@@ -19,7 +19,7 @@ from sparseport.errors import EnvironmentProblem, UsageError
 from sparseport.figures import paired_ratio, summary
 from sparseport.machine import describe, load, processor
 from sparseport.progress import Progress
-from sparseport.verify.certificate import FILE_NAME, Certificate
+from sparseport.verify.certificate import Certificate
 
 SCHEMA = 1
 KIND = "sparseport-bench"
@@ -149,7 +149,7 @@ def row_of(row: Samples, first: Samples, bandwidth: dict[str, Any] | None) -> di
         },
         "limit": limit,
         "drift": None,
-        "certificate_sha256": _seal(subject.path) if subject.certified else None,
+        "certificate_sha256": Certificate.read(subject.path).seal() if subject.certified else None,
     }
 
 
@@ -236,10 +236,3 @@ def _check_cores(cores: Sequence[int]) -> None:
     allowed = usable(0)
     if not cores or not set(cores) <= allowed:
         raise UsageError("no such core", expected=", ".join(map(str, sorted(allowed))), found=cores)
-
-
-def _seal(folder: Path) -> str | None:
-    from sparseport.checkpoints.json_files import read_json
-
-    Certificate.read(folder)  # of a damaged certificate no seal is quoted
-    return str(read_json(folder / FILE_NAME, what="certificate").get("certificate_sha256"))

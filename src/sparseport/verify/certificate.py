@@ -83,12 +83,8 @@ class Certificate:
         return canonical({**self.body, _PROOF: self.proof(), _SEAL: self.seal()}) + b"\n"
 
     def seal(self) -> str:
-        """SHA-256 of everything else in the certificate."""
+        """SHA-256 of everything else in the certificate, in hexadecimal: what sender and receiver of a copy compare."""
         return hashlib.sha256(canonical({**self.body, _PROOF: self.proof()})).hexdigest()
-
-    def seal(self) -> str:
-        """The seal, SHA-256 in hexadecimal: what sender and receiver of a copy compare."""
-        return str(json.loads(self.sealed())[_SEAL])
 
     def proof(self) -> str:
         """SHA-256 of the body without the measured logits."""
