@@ -16,9 +16,8 @@ from sparseport import cli
 from sparseport.errors import FidelityError
 
 VERBS = (
-    *("export", "verify", "inspect", "demo", "sparsify", "quantize", "finetune", "search", "evaluate", "run"),
-    *("ovms", "report", "bench", "pack", "unpack"),
-    *("chat", "push", "doctor"),
+    *("export", "verify", "inspect", "demo", "sparsify", "quantize", "finetune", "search", "evaluate", "bench"),
+    *("report", "run", "ovms", "pack", "unpack", "chat", "push", "doctor"),
 )
 
 

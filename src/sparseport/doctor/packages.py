@@ -20,7 +20,8 @@ NAMED = (
     *("torch", "transformers", "safetensors", "tokenizers", "accelerate", "peft", "gguf"),
     *("openvino", "openvino-genai", "openvino-tokenizers", "optimum", "optimum-intel", "nncf"),
     *("onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai"),
-    *("pymoo", "matplotlib", "ray", "huggingface-hub"),
+    *("pymoo", "matplotlib", "ray", "huggingface-hub", "zstandard"),
+    *("mkdocs", "mkdocs-material"),
 )
 
 PURPOSES: tuple[tuple[str, tuple[str, ...], str], ...] = (
@@ -32,6 +33,8 @@ PURPOSES: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("search by evolution, with pictures", EXTRAS["search"], "search"),
     ("search on several machines", EXTRAS["distributed"], "distributed"),
     ("push to a hub", EXTRAS["hub"], "hub"),
+    ("pack and unpack", EXTRAS["pack"], "pack"),
+    ("build the documentation", ("mkdocs", "material"), "docs"),
 )
 """What one may want to do, the packages that it needs by the names of imports, and the extra that brings them."""
 

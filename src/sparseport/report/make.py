@@ -76,6 +76,9 @@ def report(
             certificate is sealed again; nothing is done unless all folders verify.
         progress: where to report steps; quiet by default.
 
+    Returns:
+        Where the page is, and whether every folder verifies.
+
     Raises:
         BadInput: a folder or a file is missing, or a file is damaged.
         OutputExists: there is another file at `output`.

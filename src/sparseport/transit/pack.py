@@ -99,6 +99,10 @@ def pack(
         output: the archive; by default beside the folder, with its name and `.sparseport`.
         overwrite: replace an existing archive.
         ignore_extra: also pack files that the certificates do not know.
+        progress: where to report steps; quiet by default.
+
+    Returns:
+        What was packed: sizes before and after, file by file.
 
     Raises:
         UsageError: there is no such folder, or the output lies in it.

@@ -56,6 +56,10 @@ def unpack(
         archive: a file that `pack` wrote.
         output: folder to make.
         overwrite: replace an existing folder, if it is an exported one.
+        progress: where to report steps; quiet by default.
+
+    Returns:
+        What was unpacked, file by file, and which certificates were held against it.
 
     Raises:
         BadInput: E_ARCHIVE, this is no archive, or it is cut off or damaged; E_MISSING.
