@@ -125,7 +125,7 @@ def test_switches_as_peft_does(
     assert {facts["rule"] for facts in one.linears.values()} == {"carry"}
     assert not any({"rank", "branch"} & set(facts) for facts in one.linears.values())
     if form == "openvino":  # the base's own files are those of an export without the adapter
-        assert all(one.files[name] == two.files[name] for name in two.files)
+        assert all(one.files[name] == two.files[name] for name in two.files if name != "README.md")
     weights, branches = _read(folder)
     assert len(branches) == 10 and set(one.adapters) == {FILES[one.target]}
     numerics = one.body["numerics"]
