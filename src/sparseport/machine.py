@@ -32,13 +32,15 @@ def processor() -> dict[str, Any]:
 
 
 def describe() -> dict[str, Any]:
-    """All of it: processor, cores, `memory_gib`, `flags`, `system`, `python`, `versions` of what is installed."""
+    """All of it: processor, cores, `memory_gib`, `flags`, `system`, `niceness` (0 is the usual priority of a process,
+    more is less), `python`, `versions` of what is installed."""
     present = set((_cpuinfo("flags") or _cpuinfo("Features") or "").split())
     return {
         **processor(),
         "memory_gib": memory_gib(),
         "flags": [flag for flag in _FLAGS if flag in present],
         "system": platform.system(),
+        "niceness": os.nice(0) if hasattr(os, "nice") else None,
         "python": platform.python_version(),
         "versions": versions(PACKAGES),
     }

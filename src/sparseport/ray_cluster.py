@@ -33,8 +33,10 @@ def connected(cpus: int, object_store: int = OBJECT_STORE_BYTES) -> Iterator[Any
         EnvironmentProblem: Ray is not installed, cannot be reached, or does not start.
     """
     require_packages(["distributed"])
-    # Ray reads it when it is imported, and its processes inherit it.
+    # Ray reads these when it is imported, and its processes inherit them.
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Its workers would step back behind everything else on the machine, and measure that.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     import ray
 
     if ray.is_initialized():
