@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -84,7 +85,7 @@ def test_every_top_level_key_is_explained() -> None:
 
 def test_paths_of_a_certificate_are_written_as_on_the_page() -> None:
     branch = {"rank": 4, "readback": {"onnx": "d"}}
-    certificate = {
+    certificate: dict[str, Any] = {
         "recipe": {"onnx": {"format": "nbits"}},
         "inputs": {"base": {"config.json": "d"}, "adapter second": {"x": "d"}},
         "linears": {"model.layers.0.q": {"branch": branch, "compression_error_steps": {"max": "1"}}},

@@ -29,8 +29,10 @@ def test_blocks_compile_and_their_names_exist(block: Block) -> None:
 
 
 def unknown(tree: ast.Module) -> Iterator[str]:
-    """Names that an import or an attribute of an imported module asks for, and that are not there."""
+    """Names that an import or an attribute of an imported module asks for and that are not there, or are modules and
+    are called."""
     modules: dict[str, str] = {}
+    called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -38,7 +40,12 @@ def unknown(tree: ast.Module) -> Iterator[str]:
                 if not there(alias.name):
                     yield alias.name
         elif isinstance(node, ast.ImportFrom) and node.module not in _ELSEWHERE and node.module != "__future__":
-            yield from (f"{node.module}.{alias.name}" for alias in node.names if not has(str(node.module), alias.name))
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                if not has(str(node.module), alias.name) or (
+                    alias.name in called and name.startswith("sparseport") and there(name)
+                ):
+                    yield name
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             module = modules.get(node.value.id)
@@ -74,6 +81,7 @@ def has(module: str, name: str) -> bool:
         ("from sparseport import export, verify_everything", ["sparseport.verify_everything"]),
         ("from sparseport.weights.digest import digest", []),
         ("from sparseport.nowhere import digest", ["sparseport.nowhere.digest"]),
+        ("import sparseport.verify.folder\nfrom sparseport import verify\nverify('out')", ["sparseport.verify"]),
         ("import numpy as np\nnp.float16\nnp.float17", ["numpy.float17"]),
     ],
 )
