@@ -19,12 +19,12 @@ from sparseport.checkpoints.gguf_header import GgufFile, describe_gguf
 from sparseport.checkpoints.gguf_model import GgufModel, Place, place_tensors, read_model
 from sparseport.checkpoints.gguf_proof import Rounding, check_kinds, prove
 from sparseport.checkpoints.gguf_tokenizer import (
-    GgufTokenizer,
     build_tokenizer,
     read_tokenizer,
     settings_not_carried,
     tokenizer_of,
 )
+from sparseport.checkpoints.gguf_vocabulary import GgufTokenizer
 from sparseport.errors import BadInput, OutputExists, Unsupported
 
 __all__ = [
@@ -154,7 +154,7 @@ def _save_model(source: Path, folder: Path, dtype: str, gguf_model: GgufModel, d
 
     ids = {"bos_token_id": description.bos_id, "eos_token_id": description.eos_id, "pad_token_id": description.pad_id}
     # transformers passes over settings that it does not know, so the config does not come from its own reading.
-    config = AutoConfig.for_model(gguf_model.kind, **gguf_model.config(), **ids)
+    config = AutoConfig.for_model(gguf_model.model_type, **gguf_model.config(), **ids)
     # The folder of the source may hold an adapter or a config of its own; transformers must see the one file only.
     with tempfile.TemporaryDirectory(prefix="sparseport-") as alone:
         (Path(alone) / "model.gguf").symlink_to(source.resolve())
