@@ -169,9 +169,10 @@ def _run_builder(network: Any, source: Path, target: Path) -> tuple[Any, dict[st
     captured: dict[str, Any] = {}
     plain = base.Model.make_matmul_float
     packed = base.Model.make_packed_matmul_float_class
+    layers = _JoinedLayers(base)
 
     def make_matmul_float(self: Any, matmul: Any, name: str, root_input: str, **kwargs: Any) -> Any:
-        nodes[name] = getattr(matmul, "sparseport_parts", [matmul])
+        nodes[name] = layers.parts(name) or getattr(matmul, "sparseport_parts", [matmul])
         return plain(self, matmul, name, root_input, **kwargs)
 
     def make_packed_matmul_float_class(self: Any, q: Any, k: Any, v: Any, **kwargs: Any) -> Any:
@@ -198,7 +199,10 @@ def _run_builder(network: Any, source: Path, target: Path) -> tuple[Any, dict[st
         "save_processing": lambda self, *_: None,
         "make_matmul_float": make_matmul_float,
         "make_packed_matmul_float_class": make_packed_matmul_float_class,
+        **layers.changes(),
     }
+    if network.config.model_type == "olmo":
+        changes["make_layernorm"] = _with_mean(base.Model.make_layernorm)
     arguments = {
         "model_name": None,
         "input_path": str(source),
@@ -213,9 +217,8 @@ def _run_builder(network: Any, source: Path, target: Path) -> tuple[Any, dict[st
         mock.patch.object(builder, "AutoConfig", _ConfigWithOldNames),
         contextlib.redirect_stdout(io.StringIO()),
     ):
-        options = builder.parse_extra_options(
-            **arguments, extra_options=["shared_embeddings=false", "windowed_kv_cache=false"]
-        )
+        extra = ["shared_embeddings=false", "windowed_kv_cache=false", f"fuse_mlp_gate_up={layers.has_gate_up(network)}"]
+        options = builder.parse_extra_options(**arguments, extra_options=extra)
         builder.create_model(**arguments, **options)
     with contextlib.suppress(OSError):
         (target / "cache").rmdir()
@@ -236,6 +239,51 @@ def _build_heads_layer_by_layer(model: Any, heads: list[tuple[int, int]]) -> Non
             setattr(model, name, value)
 
     model.make_layer = make_layer
+
+
+class _JoinedLayers:
+    """Layers that a model has joined (Phi-3) and that the builder takes apart and joins again.
+
+    It joins the parts in the order in which it cut them, so the node that it makes is the model's own layer.
+    """
+
+    def __init__(self, base: Any) -> None:
+        self._base = base
+        self._whole: dict[str, Any] = {}
+
+    @staticmethod
+    def has_gate_up(network: Any) -> str:
+        """Whether gate and up projection are one layer, as the builder's option is spelled."""
+        return str(any(name.endswith(".gate_up_proj") for name, _ in network.named_modules())).lower()
+
+    def changes(self) -> dict[str, Any]:
+        """Methods of the builder that remember the layer that they take apart."""
+        attention = self._base.Model.make_attention_unpacked_regular
+        mlp = self._base.Model.make_mlp_unpacked_regular
+
+        def make_attention(model: Any, layer_id: int, owner: Any, whole: Any, *args: Any, **kwargs: Any) -> None:
+            self._whole[f"/model/layers.{layer_id}/attn/qkv_proj/MatMul"] = whole
+            attention(model, layer_id, owner, whole, *args, **kwargs)
+
+        def make_mlp(model: Any, layer_id: int, owner: Any, whole: Any, *args: Any, **kwargs: Any) -> None:
+            self._whole[f"/model/layers.{layer_id}/mlp/gate_up_proj/MatMul"] = whole
+            mlp(model, layer_id, owner, whole, *args, **kwargs)
+
+        return {"make_attention_unpacked_regular": make_attention, "make_mlp_unpacked_regular": make_mlp}
+
+    def parts(self, node: str) -> list[Any] | None:
+        """The one layer that a node stands for, if the model has it joined."""
+        return [self._whole[node]] if node in self._whole else None
+
+
+def _with_mean(plain: Any) -> Any:
+    """OLMo's norms subtract the mean; the builder makes norms that do not."""
+
+    def make_layernorm(self: Any, layer_id: int, layernorm: Any, skip: bool, simple: bool, location: str) -> None:
+        del simple
+        plain(self, layer_id, layernorm, skip, False, location)
+
+    return make_layernorm
 
 
 class _TokenizerOrNone:
@@ -268,6 +316,11 @@ class _ConfigWithOldNames:
             config.rope_local_base_freq = rope["sliding_attention"]["rope_theta"]
             # The builder looks for the kind of scaling beside the two, where older versions have it.
             config.rope_parameters = {"rope_type": rope["full_attention"]["rope_type"], **rope}
+        if "partial_rotary_factor" in rope:  # Phi
+            config.partial_rotary_factor = rope["partial_rotary_factor"]
+        if not hasattr(config, "rms_norm_eps"):
+            # Norms that are no RMS norms have their own name for it, and OLMo none at all: it always takes 1e-5.
+            config.rms_norm_eps = getattr(config, "layer_norm_eps", 1e-5)
         if getattr(config, "sliding_window", None) and not getattr(config, "layer_types", None):  # Mistral
             config.layer_types = ["sliding_attention"] * config.num_hidden_layers
         if config.eos_token_id is None:

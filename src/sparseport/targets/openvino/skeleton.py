@@ -82,7 +82,9 @@ def build_skeleton(
 
 def _build(traced: PretrainedConfig, layers: int, out_dir: Path, small_tensors: SmallTensors) -> Skeleton:
     """Trace the model of `traced`, put the small tensors in, and stamp if it has fewer than `layers` layers."""
-    model = empty_model(traced)
+    # Only transformers' plain attention caps scores; the fused one leaves the cap out without a word.
+    capped = getattr(traced, "attn_logit_softcapping", None) is not None
+    model = empty_model(traced, attention="eager" if capped else None)
     small = {n: _small_value(n, tuple(p.shape), small_tensors) for n, p in model.named_parameters() if p.ndim < 2}
     markers = _markers(small)
     fill_parameters(model, markers)
