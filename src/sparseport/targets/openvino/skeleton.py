@@ -85,6 +85,7 @@ def _build(traced: PretrainedConfig, layers: int, out_dir: Path, small_tensors: 
     # Only transformers' plain attention caps scores; the fused one leaves the cap out without a word.
     capped = getattr(traced, "attn_logit_softcapping", None) is not None
     model = empty_model(traced, attention="eager" if capped else None)
+    _require_linear_layers(model)
     small = {n: _small_value(n, tuple(p.shape), small_tensors) for n, p in model.named_parameters() if p.ndim < 2}
     markers = _markers(small)
     fill_parameters(model, markers)
@@ -107,6 +108,23 @@ def _build(traced: PretrainedConfig, layers: int, out_dir: Path, small_tensors: 
     stamped = traced.num_hidden_layers < layers
     plus_one = sorted(name for name, carrier in carriers.items() if carrier.form == _PLUS_ONE)
     return Skeleton(str(xml), str(xml.with_suffix(".bin")), traced.num_hidden_layers, stamped, constants, plus_one)
+
+
+def _require_linear_layers(model: PreTrainedModel) -> None:
+    """Refuse weights that are no matrices [out, in]: experts in one tensor, convolutions, GPT-2's layers.
+
+    Raises:
+        Unsupported: names the first.
+    """
+    for name, parameter in model.named_parameters():
+        owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
+        if parameter.ndim > 2 or (parameter.ndim == 2 and owner == "Conv1D"):
+            raise Unsupported(
+                "only linear layers stored as [out, in] are carried",
+                where=name,
+                found=f"{owner} {tuple(parameter.shape)}",
+                fix="export this model with optimum-cli",
+            )
 
 
 def _small_value(name: str, shape: tuple[int, ...], small_tensors: SmallTensors) -> Array:

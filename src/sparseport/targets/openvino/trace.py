@@ -26,22 +26,22 @@ _TRIED_HERE = {
     "gemma": "GemmaOpenVINOConfig",
     "gemma2": "Gemma2OpenVINOConfig",
     "gemma3_text": "Gemma3TextOpenVINOConfig",
+    "glm": "GLMOpenVINOConfig",
+    "exaone4": "Exaone4OpenVINOConfig",
 }
 
 
 def wide_names(model: PreTrainedModel) -> set[str]:
-    """Names of the matrices that the frontend takes in float32: those of embeddings with a forward of their own.
+    """Names of the matrices that the frontend takes in float32: those of modules with a forward of their own.
 
-    Gemma's scales what it looks up, OPT's shifts positions. The frontend keeps 16 bits for plain ones alone.
+    Gemma's embedding scales what it looks up, OPT's shifts positions, Falcon's linear layers multiply by themselves. The
+    frontend keeps 16 bits for plain modules alone.
     """
     import torch
 
-    embeddings = {
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Embedding) and type(module) is not torch.nn.Embedding
-    }
-    return {name for name, _ in model.named_parameters() if name.removesuffix(".weight") in embeddings}
+    plain = (torch.nn.Embedding, torch.nn.Linear)
+    own = {name for name, module in model.named_modules() if isinstance(module, plain) and type(module) not in plain}
+    return {name for name, _ in model.named_parameters() if name.removesuffix(".weight") in own}
 
 
 def fill_parameters(model: PreTrainedModel, small: dict[str, npt.NDArray[Any]]) -> None:
