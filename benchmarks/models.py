@@ -8,7 +8,7 @@ SHA-256, kept until all are there, and joined; a file that is there already is c
 | model | weights | licence |
 |---|---|---|
 | SmolLM2-135M-Instruct | 4 bits (Q4_1) | Apache-2.0 |
-| Gemma 3 270M, not tuned for chat | 4 to 8 bits (Q4_K_M) | Gemma Terms of Use: downloaded for measuring, not passed on |
+| Gemma 3 270M, not tuned for chat | 4 to 8 bits (Q4_K_M) | Gemma Terms of Use: to measure with, not passed on |
 | TinyLlama-1.1B-Chat | 2 bits (IQ2_XXS) | Apache-2.0 |
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -18,21 +19,20 @@ pytest.importorskip("transformers")
 
 
 def by_the_rule(text: str, scores: dict[str, float]) -> list[str]:
-    """SentencePiece's BPE, naively: join the neighbours with the highest score, the leftmost of equals, again and again.
+    """SentencePiece's BPE, naively: join the neighbours with the highest score, the leftmost of equals, and again.
 
     scores  piece -> score, for pieces that text is divided into; characters without one become bytes
     """
     parts = list(text.replace(" ", "\u2581"))
     while True:
-        found = [(-scores[a + b], at) for at, (a, b) in enumerate(zip(parts, parts[1:], strict=False)) if a + b in scores]
+        joined = [a + b for a, b in pairwise(parts)]
+        found = [(-scores[piece], at) for at, piece in enumerate(joined) if piece in scores]
         if not found:
             break
         _, at = min(found)
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
     return [
-        name
-        for part in parts
-        for name in ([part] if part in scores else [f"<0x{byte:02X}>" for byte in part.encode()])
+        name for part in parts for name in ([part] if part in scores else [f"<0x{byte:02X}>" for byte in part.encode()])
     ]
 
 
@@ -153,7 +153,7 @@ def test_scores_that_give_no_order_are_refused() -> None:
 
 def test_an_unused_piece_that_can_be_joined_is_refused() -> None:
     types = [5 if token == "ing" else kind for token, kind in zip(pieces().tokens, pieces().token_types, strict=True)]
-    with pytest.raises(Unsupported, match="marked as unused.*'ing'"):
+    with pytest.raises(Unsupported, match=r"marked as unused.*'ing'"):
         build_tokenizer(pieces(token_types=types))
 
 

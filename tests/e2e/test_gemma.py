@@ -1,7 +1,7 @@
 """Gemma 3 270M, a real model with a SentencePiece vocabulary, windows and norms plus 1.
 
-Runs where SPARSEPORT_GEMMA names its GGUF file (`python benchmarks/models.py --folder DIR gemma3`); it takes minutes, and
-its licence is Gemma's, so nothing downloads it by itself.
+Runs where SPARSEPORT_GEMMA names its GGUF file (`python benchmarks/models.py --folder DIR gemma3`); it takes minutes,
+and its licence is Gemma's, so nothing downloads it by itself.
 """
 
 from __future__ import annotations

@@ -125,9 +125,7 @@ def _check_bytes(description: GgufTokenizer, where: str) -> None:
     Raises:
         BadInput: names the first that is missing.
     """
-    found = [
-        token for token, kind in zip(description.tokens, description.token_types, strict=True) if kind == BYTE
-    ]
+    found = [token for token, kind in zip(description.tokens, description.token_types, strict=True) if kind == BYTE]
     if sorted(found) != sorted(_BYTES):
         missing = sorted(set(_BYTES) - set(found)) or sorted(set(found) - set(_BYTES))
         raise damaged(

@@ -1,7 +1,7 @@
 """The tokenizer inside a GGUF file, rebuilt from its vocabulary.
 
-transformers gives a byte-level BPE from a Llama-type GGUF the decoder of a SentencePiece model, and Gemma's SentencePiece
-BPE another algorithm (Unigram), so it is not asked.
+transformers gives a byte-level BPE from a Llama-type GGUF the decoder of a SentencePiece model, and Gemma's BPE another
+algorithm (Unigram), so it is not asked.
 """
 
 from __future__ import annotations
@@ -85,7 +85,11 @@ def tokenizer_of(file: GgufFile) -> GgufTokenizer:
     scores = file.values("tokenizer.ggml.scores", float, code="E_TOKENIZER") if pieces else None
     merges = None if pieces else file.values("tokenizer.ggml.merges", str, code="E_TOKENIZER")
     pre = None if pieces else text("tokenizer.ggml.pre")
-    parts = {"tokens": tokens, "token_type": types, **({"scores": scores} if pieces else {"merges": merges, "pre": pre})}
+    parts = {
+        "tokens": tokens,
+        "token_type": types,
+        **({"scores": scores} if pieces else {"merges": merges, "pre": pre}),
+    }
     if tokens is None or types is None or None in parts.values():
         raise BadInput(
             "the tokenizer in the file is incomplete",

@@ -105,6 +105,4 @@ def check_vocabulary(description: GgufTokenizer, kinds: set[int], where: str) ->
             raise damaged(f"{flag} is set without a token to add", where, name, "an id", None)
         # The template that adds it has a syntax of its own: `$A` is the text, `:1` a segment.
         if getattr(description, flag) and (tokens[index].startswith("$") or ":" in tokens[index] or not tokens[index]):
-            raise damaged(
-                "this token cannot be added around the text", where, name, "no $ or : in it", tokens[index]
-            )
+            raise damaged("this token cannot be added around the text", where, name, "no $ or : in it", tokens[index])

@@ -164,13 +164,20 @@ def _find_marks(model: Any, marked: dict[str, tuple[int, int]]) -> dict[str, lis
 def _run_builder(network: Any, source: Path, target: Path) -> tuple[Any, dict[str, list[Any]]]:
     """The builder's graph, and the modules behind each of its MatMul nodes."""
     from sparseport.targets.empty_model import attention_heads, key_value_heads
+    from sparseport.targets.onnx.builder_changes import (
+        ConfigWithOldNames,
+        JoinedLayers,
+        TokenizerOrNone,
+        build_heads_layer_by_layer,
+        with_mean,
+    )
 
     builder, base = _import_builder()
     nodes: dict[str, list[Any]] = {}
     captured: dict[str, Any] = {}
     plain = base.Model.make_matmul_float
     packed = base.Model.make_packed_matmul_float_class
-    layers = _JoinedLayers(base)
+    layers = JoinedLayers(base)
 
     def make_matmul_float(self: Any, matmul: Any, name: str, root_input: str, **kwargs: Any) -> Any:
         nodes[name] = layers.parts(name) or getattr(matmul, "sparseport_parts", [matmul])
@@ -190,7 +197,7 @@ def _run_builder(network: Any, source: Path, target: Path) -> tuple[Any, dict[st
 
     def load_weights(self: Any, path: str) -> Any:
         if heads is not None:
-            _build_heads_layer_by_layer(self, heads)
+            build_heads_layer_by_layer(self, heads)
         return network
 
     changes: dict[str, Any] = {
@@ -203,7 +210,7 @@ def _run_builder(network: Any, source: Path, target: Path) -> tuple[Any, dict[st
         **layers.changes(),
     }
     if network.config.model_type == "olmo":
-        changes["make_layernorm"] = _with_mean(base.Model.make_layernorm)
+        changes["make_layernorm"] = with_mean(base.Model.make_layernorm)
     arguments = {
         "model_name": None,
         "input_path": str(source),
@@ -214,119 +221,20 @@ def _run_builder(network: Any, source: Path, target: Path) -> tuple[Any, dict[st
     }
     with (
         mock.patch.multiple(base.Model, **changes),
-        mock.patch.object(builder, "AutoTokenizer", _TokenizerOrNone),
-        mock.patch.object(builder, "AutoConfig", _ConfigWithOldNames),
+        mock.patch.object(builder, "AutoTokenizer", TokenizerOrNone),
+        mock.patch.object(builder, "AutoConfig", ConfigWithOldNames),
         contextlib.redirect_stdout(io.StringIO()),
     ):
-        extra = ["shared_embeddings=false", "windowed_kv_cache=false", f"fuse_mlp_gate_up={layers.has_gate_up(network)}"]
+        extra = [
+            "shared_embeddings=false",
+            "windowed_kv_cache=false",
+            f"fuse_mlp_gate_up={layers.has_gate_up(network)}",
+        ]
         options = builder.parse_extra_options(**arguments, extra_options=extra)
         builder.create_model(**arguments, **options)
     with contextlib.suppress(OSError):
         (target / "cache").rmdir()
     return captured["graph"], nodes
-
-
-def _build_heads_layer_by_layer(model: Any, heads: list[tuple[int, int]]) -> None:
-    """Give the builder the heads of each block while it makes that block; it knows one number for all."""
-    plain, names = model.make_layer, ("num_attn_heads", "num_kv_heads", "q_size", "kv_size")
-    whole = [getattr(model, name) for name in names]
-
-    def make_layer(layer_id: int, layer: Any) -> None:
-        own = heads[layer_id]
-        for name, value in zip(names, [*own, *(number * model.head_size for number in own)], strict=True):
-            setattr(model, name, value)
-        plain(layer_id, layer)
-        for name, value in zip(names, whole, strict=True):  # genai_config.json gets the whole model's
-            setattr(model, name, value)
-
-    model.make_layer = make_layer
-
-
-class _JoinedLayers:
-    """Layers that a model has joined (Phi-3) and that the builder takes apart and joins again.
-
-    It joins the parts in the order in which it cut them, so the node that it makes is the model's own layer.
-    """
-
-    def __init__(self, base: Any) -> None:
-        self._base = base
-        self._whole: dict[str, Any] = {}
-
-    @staticmethod
-    def has_gate_up(network: Any) -> str:
-        """Whether gate and up projection are one layer, as the builder's option is spelled."""
-        return str(any(name.endswith(".gate_up_proj") for name, _ in network.named_modules())).lower()
-
-    def changes(self) -> dict[str, Any]:
-        """Methods of the builder that remember the layer that they take apart."""
-        attention = self._base.Model.make_attention_unpacked_regular
-        mlp = self._base.Model.make_mlp_unpacked_regular
-
-        def make_attention(model: Any, layer_id: int, owner: Any, whole: Any, *args: Any, **kwargs: Any) -> None:
-            self._whole[f"/model/layers.{layer_id}/attn/qkv_proj/MatMul"] = whole
-            attention(model, layer_id, owner, whole, *args, **kwargs)
-
-        def make_mlp(model: Any, layer_id: int, owner: Any, whole: Any, *args: Any, **kwargs: Any) -> None:
-            self._whole[f"/model/layers.{layer_id}/mlp/gate_up_proj/MatMul"] = whole
-            mlp(model, layer_id, owner, whole, *args, **kwargs)
-
-        return {"make_attention_unpacked_regular": make_attention, "make_mlp_unpacked_regular": make_mlp}
-
-    def parts(self, node: str) -> list[Any] | None:
-        """The one layer that a node stands for, if the model has it joined."""
-        return [self._whole[node]] if node in self._whole else None
-
-
-def _with_mean(plain: Any) -> Any:
-    """OLMo's norms subtract the mean; the builder makes norms that do not."""
-
-    def make_layernorm(self: Any, layer_id: int, layernorm: Any, skip: bool, simple: bool, location: str) -> None:
-        del simple
-        plain(self, layer_id, layernorm, skip, False, location)
-
-    return make_layernorm
-
-
-class _TokenizerOrNone:
-    """Stands for `AutoTokenizer`: the builder looks for special tokens in the vocabulary, and can do without."""
-
-    @classmethod
-    def from_pretrained(cls, folder: str, **options: Any) -> Any:
-        from transformers import AutoTokenizer
-
-        try:
-            return AutoTokenizer.from_pretrained(folder, **options)
-        except (OSError, ValueError):
-            return cls()
-
-    def get_vocab(self) -> dict[str, int]:
-        return {}
-
-
-class _ConfigWithOldNames:
-    """Stands for `AutoConfig`: the builder reads a few keys by names that transformers 5 no longer uses."""
-
-    @staticmethod
-    def from_pretrained(folder: str, **options: Any) -> Any:
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(folder, **options)
-        rope = getattr(config, "rope_parameters", None) or {}
-        if "full_attention" in rope and "sliding_attention" in rope:  # Gemma 3: two thetas
-            config.rope_theta = rope["full_attention"]["rope_theta"]
-            config.rope_local_base_freq = rope["sliding_attention"]["rope_theta"]
-            # The builder looks for the kind of scaling beside the two, where older versions have it.
-            config.rope_parameters = {"rope_type": rope["full_attention"]["rope_type"], **rope}
-        if "partial_rotary_factor" in rope:  # Phi
-            config.partial_rotary_factor = rope["partial_rotary_factor"]
-        if not hasattr(config, "rms_norm_eps"):
-            # Norms that are no RMS norms have their own name for it, and OLMo none at all: it always takes 1e-5.
-            config.rms_norm_eps = getattr(config, "layer_norm_eps", 1e-5)
-        if getattr(config, "sliding_window", None) and not getattr(config, "layer_types", None):  # Mistral
-            config.layer_types = ["sliding_attention"] * config.num_hidden_layers
-        if config.eos_token_id is None:
-            config.eos_token_id = 0  # the builder insists; `folder.write_genai_config` writes the model's own
-        return config
 
 
 def _import_builder() -> tuple[Any, Any]:

@@ -5,8 +5,8 @@ Layout of a quantised weight, the one that OpenVINO's CPU plugin keeps compresse
     Constant u4 [out, groups, group] -> Convert f16 -> Subtract(Convert(zero_points u4)) -> Multiply(scales)
         -> Reshape [out, in] -> Convert f32 -> MatMul
 
-Names of the constants are `<module>.codes`, `<module>.zero_points`, `<module>.scales`, `<module>.weight`; that of a small
-tensor which the graph holds plus 1 (Gemma's norms) ends in `.plus_one`.
+Names of the constants are `<module>.codes`, `<module>.zero_points`, `<module>.scales`, `<module>.weight`; that of a
+small tensor which the graph holds plus 1 (Gemma's norms) ends in `.plus_one`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 from sparseport.errors import BadInput, FidelityError
 from sparseport.targets.blocks import Block
 from sparseport.targets.openvino.store import StoredDense, StoredQuantized, WeightStore
-
 
 PLUS_ONE = ".plus_one"
 

@@ -2,8 +2,8 @@
 
 The graph comes from optimum-intel's own export, so it is the graph that every tool of that family expects. The
 weights are never materialised: all matrices of the traced model are views of one untouched block of zero pages, and
-become f16 placeholder constants that a later step replaces (f32 for embeddings that compute something of their own). The small tensors (norms, biases) are in place already.
-`frontend` runs this in a child process.
+become f16 placeholder constants (f32 in modules with a forward of their own) that a later step replaces. The small
+tensors (norms, biases) are in place already. `frontend` runs this in a child process.
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ _TRIED_HERE = {
 def wide_names(model: PreTrainedModel) -> set[str]:
     """Names of the matrices that the frontend takes in float32: those of modules with a forward of their own.
 
-    Gemma's embedding scales what it looks up, OPT's shifts positions, Falcon's linear layers multiply by themselves. The
-    frontend keeps 16 bits for plain modules alone.
+    Gemma's embedding scales what it looks up, OPT's shifts positions, Falcon's linear layers multiply by themselves.
+    The frontend keeps 16 bits for plain modules alone.
     """
     import torch
 
