@@ -54,10 +54,10 @@ format: $(READY) ## rewrite the sources the way `make lint` wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-formats: $(READY) ## write the tables of docs/formats.md anew, from the tests that prove them
-	SPARSEPORT_WRITE_FORMATS=1 $(BIN)/python -m pytest -q tests/e2e -k formats
+formats: $(READY) ## write the tables of docs/formats.md and architectures.md anew, from the tests that prove them
+	SPARSEPORT_WRITE_FORMATS=1 $(BIN)/python -m pytest -q tests/e2e -k "formats or architectures"
 	@# Lines that no test names are gone now; is one missing that a test names?
-	$(BIN)/python -m pytest -q tests/e2e/test_formats.py -k "line or gaps"
+	$(BIN)/python -m pytest -q tests/e2e/test_formats.py tests/e2e/test_architectures.py -k "every_line or gaps"
 
 docs: $(READY) ## build the documentation as a site into site/, which needs no network
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

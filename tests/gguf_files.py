@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from sparseport.checkpoints.gguf import GgufTokenizer
+from sparseport.checkpoints.gguf_vocabulary import SENTENCE_PIECE
 
 TEMPLATE = "{% for message in messages %}<|start|>{{ message['content'] }}<|end|>{% endfor %}"
 SAMPLES = [
@@ -21,7 +22,11 @@ SAMPLES = [
     "",
 ]
 LAYERS, HIDDEN, INNER, HEADS, KV_HEADS = 2, 32, 64, 4, 2
-HEAD_DIM = {"llama": 8, "qwen2": 8, "qwen3": 16}
+# Gemma 3 has its first block without a window as the sixth.
+LAYERS_OF = {"gemma3": 7}
+HEAD_DIM = {"llama": 8, "qwen2": 8, "qwen3": 16, "gemma3": 16}
+MODEL_TYPES = {"gemma3": "gemma3_text"}
+WINDOW = 8
 NAMES = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -34,6 +39,12 @@ NAMES = {
     "ffn_down": "mlp.down_proj",
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
+}
+GEMMA_NAMES = {
+    **NAMES,
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
 }
 OUTSIDE = {"token_embd": "model.embed_tokens", "output": "lm_head", "output_norm": "model.norm"}
 
@@ -65,6 +76,36 @@ def spelled(tokenizer: Any, text: str) -> list[str]:
     return found
 
 
+def pieces(**changes: Any) -> GgufTokenizer:
+    """A SentencePiece model as Gemma has it: no space prefix, and runs of spaces and of line ends as tokens of a user.
+
+    Scores fall with the number of a piece, as SentencePiece's trainer writes them.
+    """
+    letters = "\u2581etaoinshrdlucmfwypvbgkjqxz0123456789.,!'"
+    joined = ["\u2581t", "he", "\u2581the", "in", "er", "an", "re", "on", "\u2581a", "\u2581s", "or", "ing", "12"]
+    named = ["<pad>", "</s>", "<s>", "<unk>", "<turn>", "\n", "\n\n", "  ", "   ", "<b>"]
+    raw = [f"<0x{value:02X}>" for value in range(256)]
+    tokens = [*named, *raw, *joined, *letters]
+    types = [3, 3, 3, 2, 3, *[4] * 5, *[6] * 256, *[1] * (len(tokens) - 266)]
+    scores = [*[-1000.0] * 10, *[0.0] * 256, *[float(-rank) for rank in range(len(tokens) - 266)]]
+    base = GgufTokenizer(
+        tokens,
+        types,
+        (),
+        "",
+        model=SENTENCE_PIECE,
+        scores=scores,
+        bos_id=2,
+        eos_id=1,
+        pad_id=0,
+        unk_id=3,
+        add_bos=True,
+        chat_template=TEMPLATE,
+        max_length=64,
+    )
+    return replace(base, **changes)
+
+
 def rotary_order(weight: np.ndarray, heads: int) -> np.ndarray:
     """GGUF keeps the query and key rows of a Llama with the two rotary halves interleaved."""
     return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
@@ -72,10 +113,10 @@ def rotary_order(weight: np.ndarray, heads: int) -> np.ndarray:
 
 def settings_of(kind: str) -> dict[str, Any]:
     """What llama.cpp's converter writes into the header."""
-    tokens = description()
-    return {
+    tokens = tokenizer_of(kind)
+    found = {
         "general.name": "a name that is not for the config",
-        f"{kind}.block_count": LAYERS,
+        f"{kind}.block_count": LAYERS_OF.get(kind, LAYERS),
         f"{kind}.context_length": 64,
         f"{kind}.embedding_length": HIDDEN,
         f"{kind}.feed_forward_length": INNER,
@@ -87,36 +128,52 @@ def settings_of(kind: str) -> dict[str, Any]:
         f"{kind}.rope.freq_base": 50000.0,
         f"{kind}.rope.dimension_count": HEAD_DIM[kind],
         f"{kind}.vocab_size": len(tokens.tokens),
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": tokens.pre,
+        "tokenizer.ggml.model": tokens.model,
         "tokenizer.ggml.tokens": list(tokens.tokens),
         "tokenizer.ggml.token_type": list(tokens.token_types),
-        "tokenizer.ggml.merges": list(tokens.merges),
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-        "tokenizer.ggml.padding_token_id": 2,
-        "tokenizer.ggml.unknown_token_id": 0,
-        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.ggml.bos_token_id": tokens.bos_id,
+        "tokenizer.ggml.eos_token_id": tokens.eos_id,
+        "tokenizer.ggml.padding_token_id": tokens.pad_id,
+        "tokenizer.ggml.unknown_token_id": tokens.unk_id,
+        "tokenizer.ggml.add_bos_token": tokens.add_bos,
         "tokenizer.chat_template": TEMPLATE,
     }
+    if tokens.model == SENTENCE_PIECE:
+        found |= {"tokenizer.ggml.pre": "default", "tokenizer.ggml.scores": list(tokens.scores)}
+        found |= {"tokenizer.ggml.add_space_prefix": tokens.space_prefix, f"{kind}.attention.sliding_window": WINDOW}
+    else:
+        found |= {"tokenizer.ggml.pre": tokens.pre, "tokenizer.ggml.merges": list(tokens.merges)}
+    return found
+
+
+def tokenizer_of(kind: str) -> GgufTokenizer:
+    """The tokenizer that models of a kind have here."""
+    return pieces() if kind == "gemma3" else description()
 
 
 def model_of(kind: str, *, tied: bool = False) -> Any:
     """A random model whose every value float16 can hold; no tensor is like another."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 50000.0}
+    gemma: dict[str, Any] = {}
+    if kind == "gemma3":
+        # Window, scale and the base of the rotary frequencies in windows are what Gemma 3 has without a word.
+        gemma = {"sliding_window": WINDOW, "query_pre_attn_scalar": HEAD_DIM[kind]}
+        rope = {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}
     config = transformers.AutoConfig.for_model(
-        kind,
-        vocab_size=len(description().tokens),
+        MODEL_TYPES.get(kind, kind),
+        vocab_size=len(tokenizer_of(kind).tokens),
         hidden_size=HIDDEN,
         intermediate_size=INNER,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=LAYERS_OF.get(kind, LAYERS),
         num_attention_heads=HEADS,
         num_key_value_heads=KV_HEADS,
         head_dim=HEAD_DIM[kind],
         max_position_embeddings=64,
         rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 50000.0},
+        rope_parameters=rope,
         tie_word_embeddings=tied,
+        **gemma,
     )
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     torch.manual_seed(0)
@@ -127,21 +184,23 @@ def model_of(kind: str, *, tied: bool = False) -> Any:
 
 
 def tensors_of(model: Any) -> dict[str, np.ndarray]:
-    """The tensors of a model as llama.cpp's converter names and orders them, float32."""
+    """The tensors of a model as llama.cpp's converter names, orders and shifts them, float32."""
     state = {name: tensor.detach().float().numpy() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
+    gemma = model.config.model_type == "gemma3_text"
     places = {f"{short}.weight": f"{long}.weight" for short, long in OUTSIDE.items()}
-    for layer in range(LAYERS):
-        for short, long in NAMES.items():
+    for layer in range(model.config.num_hidden_layers):
+        for short, long in (GEMMA_NAMES if gemma else NAMES).items():
             for leaf in ("weight", "bias"):
                 places[f"blk.{layer}.{short}.{leaf}"] = f"model.layers.{layer}.{long}.{leaf}"
     found = {ours: state.pop(theirs) for ours, theirs in places.items() if theirs in state}
     assert not state, "a tensor without a GGUF name"
-    if model.config.model_type == "llama":
-        for name, values in found.items():
-            if name.endswith(("attn_q.weight", "attn_k.weight")):
-                found[name] = rotary_order(values, HEADS if "attn_q" in name else KV_HEADS)
+    for name, values in found.items():
+        if model.config.model_type == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
+            found[name] = rotary_order(values, HEADS if "attn_q" in name else KV_HEADS)
+        if gemma and name.endswith("norm.weight"):
+            found[name] = values + np.float32(1)
     return found
 
 

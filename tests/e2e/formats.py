@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -18,8 +17,9 @@ from typing import Any
 
 import pytest
 
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "formats.md"
-WRITE = os.environ.get("SPARSEPORT_WRITE_FORMATS") == "1"
+from e2e.tables import DOCS, cells_of, keep_only, settle_cells
+
+DOCUMENT = DOCS / "formats.md"
 VERIFIED = "0 differences, logits agree"
 
 Test = Callable[..., None]
@@ -70,24 +70,12 @@ def settle(line: Line | Refusal) -> None:
     table = "refused" if isinstance(line, Refusal) else "read"
     assert line.format in _named[table], f"name the line {line.format!r} with the mark of its test"
     _settled.add(line.format)
-    lines = DOCUMENT.read_text(encoding="utf-8").splitlines()
-    text = _row(astuple(line))
-    start, end = _bounds(lines, table)
-    at = [number for number in range(start, end) if lines[number].startswith(_row((line.format,)))]
-    if not WRITE:
-        assert at, f"docs/formats.md has no line for {line.format}: `make formats` writes it"
-        assert lines[at[0]] == text, f"docs/formats.md is out of date (`make formats`): it should have\n{text}"
-        return
-    kept = [lines[number] for number in range(start, end) if number not in at]
-    lines[start:end] = sorted([*kept, text], key=str.casefold)
-    DOCUMENT.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    settle_cells(DOCUMENT, table, astuple(line))
 
 
 def documented(table: str) -> list[tuple[str, ...]]:
     """The cells of every line of a table (`read` or `refused`), headings left out."""
-    lines = DOCUMENT.read_text(encoding="utf-8").splitlines()
-    start, end = _bounds(lines, table)
-    return [tuple(cell.strip() for cell in text.strip().strip("|").split("|")) for text in lines[start:end]]
+    return cells_of(DOCUMENT, table)
 
 
 def named(table: str) -> set[str]:
@@ -99,12 +87,8 @@ def named(table: str) -> set[str]:
 
 def drop_unnamed() -> None:
     """Remove the lines that no test names from the document."""
-    lines = DOCUMENT.read_text(encoding="utf-8").splitlines()
     for table in _named:
-        start, end = _bounds(lines, table)
-        kept = tuple(_row((name,)) for name in named(table))
-        lines[start:end] = [text for text in lines[start:end] if text.startswith(kept)]
-    DOCUMENT.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        keep_only(DOCUMENT, table, named(table))
 
 
 def _naming(table: str, formats: tuple[str, ...], cases: Mapping[str, Mapping[str, str]]) -> Callable[[Test], Test]:
@@ -128,12 +112,3 @@ def _naming(table: str, formats: tuple[str, ...], cases: Mapping[str, Mapping[st
         return marked
 
     return mark
-
-
-def _bounds(lines: list[str], table: str) -> tuple[int, int]:
-    """Where the lines of a table begin and end, headings left out."""
-    return lines.index(f"<!-- begin of {table} -->") + 3, lines.index(f"<!-- end of {table} -->")
-
-
-def _row(cells: tuple[str, ...]) -> str:
-    return "| " + " | ".join(cells) + " |"

@@ -37,6 +37,8 @@ _USERS = (
     "sparseport.targets.onnx.writer",
 )
 _traced: dict[str, tuple[dict[str, Any], tempfile.TemporaryDirectory[str]]] = {}
+LAST: dict[str, dict[str, Any]] = {}
+"""Module of a step -> what it answered last."""
 
 
 class InProcess:
@@ -53,9 +55,9 @@ class InProcess:
 
     def result(self) -> dict[str, Any]:
         step = getattr(importlib.import_module(self._module), STEPS[self._module])
-        if self._module in (FRONTEND, BUILDER) and self._request["tokenizer"] is None:
-            return _trace_once(step, self._request)
-        result: dict[str, Any] = step(**self._request)
+        once = self._module in (FRONTEND, BUILDER) and self._request["tokenizer"] is None
+        result: dict[str, Any] = _trace_once(step, self._request) if once else step(**self._request)
+        LAST[self._module] = result
         return result
 
 

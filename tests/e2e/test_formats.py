@@ -15,8 +15,9 @@ import pytest
 
 from dialects import DIALECTS, quantised_llama
 from e2e.both import Exported, export_to_both
-from e2e.formats import VERIFIED, WRITE, Line, documented, drop_unnamed, named, settle, shown
+from e2e.formats import VERIFIED, Line, documented, drop_unnamed, named, settle, shown
 from e2e.in_process import in_process
+from e2e.tables import WRITE
 from sparseport.checkpoints.detect import open_linears
 from sparseport.checkpoints.folder import ModelFolder
 from sparseport.targets.openvino import readback

@@ -19,12 +19,12 @@ from sparseport.checkpoints.gguf_header import GgufFile, describe_gguf
 from sparseport.checkpoints.gguf_model import GgufModel, Place, place_tensors, read_model
 from sparseport.checkpoints.gguf_proof import Rounding, check_kinds, prove
 from sparseport.checkpoints.gguf_tokenizer import (
-    GgufTokenizer,
     build_tokenizer,
     read_tokenizer,
     settings_not_carried,
     tokenizer_of,
 )
+from sparseport.checkpoints.gguf_vocabulary import GgufTokenizer
 from sparseport.errors import BadInput, OutputExists, Unsupported
 
 __all__ = [
@@ -39,9 +39,6 @@ __all__ = [
 ]
 
 DTYPES = ("float16", "bfloat16", "float32")
-
-# Written by the machine that saved the model, not facts about the model.
-_LOCAL_KEYS = ("_name_or_path", "_model_name_or_path", "_commit_hash")
 
 
 @dataclass(frozen=True)
@@ -154,7 +151,7 @@ def _save_model(source: Path, folder: Path, dtype: str, gguf_model: GgufModel, d
 
     ids = {"bos_token_id": description.bos_id, "eos_token_id": description.eos_id, "pad_token_id": description.pad_id}
     # transformers passes over settings that it does not know, so the config does not come from its own reading.
-    config = AutoConfig.for_model(gguf_model.kind, **gguf_model.config(), **ids)
+    config = AutoConfig.for_model(gguf_model.model_type, **gguf_model.config(), **ids)
     # The folder of the source may hold an adapter or a config of its own; transformers must see the one file only.
     with tempfile.TemporaryDirectory(prefix="sparseport-") as alone:
         (Path(alone) / "model.gguf").symlink_to(source.resolve())
@@ -172,7 +169,7 @@ def _save_model(source: Path, folder: Path, dtype: str, gguf_model: GgufModel, d
     model.config.architectures = [type(model).__name__]
     model.generation_config = GenerationConfig(**ids)
     model.save_pretrained(folder, safe_serialization=True)
-    _clean_json(folder / "config.json", _LOCAL_KEYS, {})
+    _clean_json(folder / "config.json", {})
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
@@ -180,15 +177,20 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     # The class name that transformers 4 and 5 and openvino_tokenizers all read as "take tokenizer.json as it is".
     _clean_json(
         folder / "tokenizer_config.json",
-        ("is_local", "name_or_path", "local_files_only", *_LOCAL_KEYS),
         {"tokenizer_class": "PreTrainedTokenizerFast"},
+        drop=("is_local", "name_or_path", "local_files_only"),
+        nulls=False,
     )
 
 
-def _clean_json(file: Path, drop: Sequence[str], update: dict[str, object]) -> None:
-    values = {k: v for k, v in json.loads(file.read_text("utf-8")).items() if k not in drop}
-    values.update(update)
-    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
+def _clean_json(file: Path, update: dict[str, object], *, drop: Sequence[str] = (), nulls: bool = True) -> None:
+    """Leave out keys that say something about the machine that saved the model, and private ones.
+
+    nulls  whether keys without a value stay: onnxruntime-genai wants text where a tokenizer names a template at all
+    """
+    values = {key: value for key, value in json.loads(file.read_text("utf-8")).items() if nulls or value is not None}
+    kept = {key: value for key, value in values.items() if key not in drop and not key.startswith("_")}
+    file.write_text(json.dumps(kept | update, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def _convert(path: str, output: str, dtype: str) -> dict[str, Any]:

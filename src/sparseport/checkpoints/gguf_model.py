@@ -18,6 +18,10 @@ _WAY_OUT = "start from the model's Hugging Face folder instead"
 _LARGEST = 2**31 - 1
 # llama.cpp's value where the file has none.
 _DEFAULT_THETA = 10000.0
+# Gemma 3 (arXiv 2503.19786): every sixth block attends to the whole text, the others to a window.
+_EVERY_NTH_GLOBAL = 6
+# Blocks of the one size of Gemma 3 whose queries are scaled by hidden / heads and not by the size of a head.
+_GEMMA_3_27B = 62
 
 
 @dataclass(frozen=True)
@@ -27,17 +31,29 @@ class Architecture:
     interleaved  query and key rows are stored with the two rotary halves of each head interleaved
     qkv_bias     query, key and value projections have a bias
     qk_norm      each head of query and key is normalised
+    gemma        norms before and after attention and MLP, all stored plus 1, and windows in most blocks
+    model_type   transformers' name for it, where it is another one
+    settings     what it reads from the file beside what all read
     """
 
     interleaved: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False
+    gemma: bool = False
+    model_type: str | None = None
+    settings: tuple[str, ...] = ()
 
 
 ARCHITECTURES = {
     "llama": Architecture(interleaved=True),
     "qwen2": Architecture(qkv_bias=True),
     "qwen3": Architecture(qk_norm=True),
+    "gemma3": Architecture(
+        qk_norm=True,
+        gemma=True,
+        model_type="gemma3_text",
+        settings=("attention.sliding_window", "rope.freq_base_swa"),
+    ),
 }
 
 # Settings below `<architecture>.` that are read here, and others that say nothing at the value given.
@@ -48,19 +64,30 @@ _READ = (
 )
 _NEUTRAL = {"rope.scaling.type": "none", "expert_count": 0, "expert_used_count": 0, "attention.causal": True}
 
+# RMS norms of a block, and where Hugging Face has them.
+_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+_GEMMA_NORMS = {
+    "attn_norm": "input_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+
 
 @dataclass(frozen=True)
 class GgufModel:
     """The shape of a decoder, as the settings of a GGUF file give it.
 
-    kind      key of ARCHITECTURES
-    heads     query heads; kv_heads of key and value
-    head_dim  columns of one head, all of them rotated
-    vocab     rows of the embedding
-    context   longest input in tokens
-    eps       of the RMS norms
-    theta     base of the rotary frequencies
-    tied      the embedding is the output head too
+    kind         key of ARCHITECTURES
+    heads        query heads; kv_heads of key and value
+    head_dim     columns of one head, all of them rotated
+    vocab        rows of the embedding
+    context      longest input in tokens
+    eps          of the RMS norms
+    theta        base of the rotary frequencies
+    tied         the embedding is the output head too
+    window       tokens that a block with a window attends to; None where no block has one
+    local_theta  base of the rotary frequencies of such blocks
     """
 
     kind: str
@@ -75,10 +102,18 @@ class GgufModel:
     eps: float
     theta: float
     tied: bool
+    window: int | None = None
+    local_theta: float = _DEFAULT_THETA
+
+    @property
+    def model_type(self) -> str:
+        """transformers' name of the architecture."""
+        return ARCHITECTURES[self.kind].model_type or self.kind
 
     def config(self) -> dict[str, Any]:
         """The same as keys of a Hugging Face config."""
-        return {
+        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": self.theta}
+        config = {
             "hidden_size": self.hidden,
             "intermediate_size": self.intermediate,
             "num_hidden_layers": self.layers,
@@ -88,8 +123,18 @@ class GgufModel:
             "vocab_size": self.vocab,
             "max_position_embeddings": self.context,
             "rms_norm_eps": self.eps,
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.theta},
+            "rope_parameters": rope,
             "tie_word_embeddings": self.tied,
+        }
+        if self.window is None:
+            return config
+        local = {"rope_type": "default", "rope_theta": self.local_theta}
+        blocks = range(1, self.layers + 1)
+        return config | {
+            "rope_parameters": {"full_attention": rope, "sliding_attention": local},
+            "sliding_window": self.window,
+            "layer_types": ["sliding_attention" if n % _EVERY_NTH_GLOBAL else "full_attention" for n in blocks],
+            "query_pre_attn_scalar": self.hidden // self.heads if self.layers == _GEMMA_3_27B else self.head_dim,
         }
 
 
@@ -97,14 +142,16 @@ class GgufModel:
 class Place:
     """Where a GGUF tensor goes.
 
-    name   tensor of the Hugging Face folder
-    shape  rows first
-    heads  heads whose rows are interleaved; 0 where the rows keep their order
+    name      tensor of the Hugging Face folder
+    shape     rows first
+    heads     heads whose rows are interleaved; 0 where the rows keep their order
+    plus_one  the file has the values plus 1
     """
 
     name: str
     shape: tuple[int, ...]
     heads: int = 0
+    plus_one: bool = False
 
 
 def read_model(file: GgufFile) -> GgufModel:
@@ -169,6 +216,8 @@ def read_model(file: GgufFile) -> GgufModel:
         eps=positive("attention.layer_norm_rms_epsilon"),
         theta=positive("rope.freq_base", _DEFAULT_THETA),
         tied="output.weight" not in file.tensors,
+        window=natural("attention.sliding_window") if ARCHITECTURES[kind].gemma else None,
+        local_theta=positive("rope.freq_base_swa", _DEFAULT_THETA),
     )
 
 
@@ -219,7 +268,7 @@ def _places(model: GgufModel) -> dict[str, Place]:
     query, key = model.heads * model.head_dim, model.kv_heads * model.head_dim
     places = {
         "token_embd.weight": Place("model.embed_tokens.weight", (model.vocab, hidden)),
-        "output_norm.weight": Place("model.norm.weight", (hidden,)),
+        "output_norm.weight": Place("model.norm.weight", (hidden,), plus_one=form.gemma),
     }
     if not model.tied:
         places["output.weight"] = Place("lm_head.weight", (model.vocab, hidden))
@@ -238,11 +287,12 @@ def _places(model: GgufModel) -> dict[str, Place]:
             places[f"{ours}.{short}.weight"] = Place(f"{theirs}.{long}.weight", (rows, columns), heads)
             if form.qkv_bias and short in ("attn_q", "attn_k", "attn_v"):
                 places[f"{ours}.{short}.bias"] = Place(f"{theirs}.{long}.bias", (rows,))
-        norms = {"attn_norm": ("input_layernorm", hidden), "ffn_norm": ("post_attention_layernorm", hidden)}
+        names = _GEMMA_NORMS if form.gemma else _NORMS
+        norms = {short: (long, hidden) for short, long in names.items()}
         if form.qk_norm:
             norms |= {f"attn_{x}_norm": (f"self_attn.{x}_norm", model.head_dim) for x in ("q", "k")}
         for short, (long, length) in norms.items():
-            places[f"{ours}.{short}.weight"] = Place(f"{theirs}.{long}.weight", (length,))
+            places[f"{ours}.{short}.weight"] = Place(f"{theirs}.{long}.weight", (length,), plus_one=form.gemma)
     return places
 
 
@@ -266,7 +316,8 @@ def _refuse_unknown(file: GgufFile, kind: str) -> None:
         if not key.startswith(f"{kind}."):
             continue
         short = key.removeprefix(f"{kind}.")
-        if short not in _READ and not (short in _NEUTRAL and value == _NEUTRAL[short]):
+        read = short in _READ or short in ARCHITECTURES[kind].settings
+        if not read and not (short in _NEUTRAL and value == _NEUTRAL[short]):
             raise Unsupported(
                 "a setting of the GGUF model would be lost",
                 where=f"{file.path}, {key}",

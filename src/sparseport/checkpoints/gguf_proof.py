@@ -101,12 +101,15 @@ def interleaved_rows(heads: int, rows: int) -> npt.NDArray[np.intp]:
 
 
 def _pieces(file: GgufFile, tensor: GgufTensor, place: Place) -> Iterator[tuple[F32, slice | npt.NDArray[np.intp]]]:
-    """Dequantised rows of a tensor, and which rows of the folder's tensor they are."""
+    """Dequantised rows of a tensor as the folder has them, and which rows of its tensor they are."""
     order = interleaved_rows(place.heads, tensor.rows) if place.heads else None
     step = max(1, _PIECE // tensor.shape[-1])
     for start in range(0, tensor.rows, step):
         stop = min(start + step, tensor.rows)
-        yield _values(file, tensor, start, stop), slice(start, stop) if order is None else order[start:stop]
+        values = _values(file, tensor, start, stop)
+        if place.plus_one:
+            values = values - np.float32(1)
+        yield values, slice(start, stop) if order is None else order[start:stop]
 
 
 def _values(file: GgufFile, tensor: GgufTensor, start: int, stop: int) -> F32:

@@ -1,57 +1,36 @@
-"""The tokenizer inside a GGUF file, rebuilt from its vocabulary and its merges.
+"""The tokenizer inside a GGUF file, rebuilt from its vocabulary.
 
-transformers gives a byte-level BPE from a Llama-type GGUF the decoder of a SentencePiece model, so it is not asked.
+transformers gives a byte-level BPE from a Llama-type GGUF the decoder of a SentencePiece model, and Gemma's BPE another
+algorithm (Unigram), so it is not asked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparseport.checkpoints.gguf_byte_level import byte_level_backend
 from sparseport.checkpoints.gguf_header import GgufFile
+from sparseport.checkpoints.gguf_sentencepiece import sentence_piece_backend
+from sparseport.checkpoints.gguf_vocabulary import (
+    BYTE_LEVEL,
+    CONTROL,
+    SENTENCE_PIECE,
+    UNKNOWN,
+    USER_DEFINED,
+    WAY_OUT,
+    GgufTokenizer,
+)
 from sparseport.errors import BadInput, Unsupported
 
-# Values of `tokenizer.ggml.token_type`.
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
-
-# `tokenizer.ggml.pre` kinds with a known split: True where every digit is split off before the byte-level step.
-SPLITS_DIGITS = {"smollm": True, "gpt-2": False, "gpt2": False}
-
-# What the tokenizer is built from, and what a byte-level BPE has no use for.
+# What a tokenizer is built from, and what it has no use for: the name of a split that only a byte-level BPE makes, and
+# merges or scores that the other kind of tokenizer goes by.
 _USED = (
     *("model", "pre", "tokens", "token_type", "merges", "add_space_prefix", "add_bos_token", "add_eos_token"),
     *("bos_token_id", "eos_token_id", "padding_token_id", "unknown_token_id", "scores"),
 )
-
-
-@dataclass(frozen=True)
-class GgufTokenizer:
-    """A byte-level BPE tokenizer as a GGUF file describes it.
-
-    tokens            the vocabulary; the position is the id; bytes are spelled with GPT-2's printable characters
-    token_types       one of NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED per token
-    merges            "left right", best first
-    pre               name of the pre-tokenizer, `tokenizer.ggml.pre`
-    bos_id .. unk_id  ids of the named special tokens, None where the file names none
-    add_bos, add_eos  whether encoding adds them around the text
-    chat_template     Jinja source, kept as text and never run here
-    max_length        context length of the model in tokens
-    """
-
-    tokens: Sequence[str]
-    token_types: Sequence[int]
-    merges: Sequence[str]
-    pre: str
-    bos_id: int | None = None
-    eos_id: int | None = None
-    pad_id: int | None = None
-    unk_id: int | None = None
-    add_bos: bool = False
-    add_eos: bool = False
-    chat_template: str | None = None
-    max_length: int | None = None
+# Normalisation before SentencePiece, which the models read here do not have.
+_NORMALISING = ("precompiled_charsmap", "remove_extra_whitespaces")
 
 
 def read_tokenizer(gguf_path: str | Path) -> GgufTokenizer:
@@ -59,14 +38,18 @@ def read_tokenizer(gguf_path: str | Path) -> GgufTokenizer:
 
     Raises:
         BadInput: not a GGUF file, damaged, without a vocabulary, or with settings of the wrong type.
-        Unsupported: not a byte-level BPE (`tokenizer.ggml.model` other than "gpt2").
+        Unsupported: neither a byte-level BPE nor a SentencePiece BPE, or with a setting that cannot be kept.
         EnvironmentProblem: the package `gguf` is not installed.
     """
     return tokenizer_of(GgufFile.open(gguf_path))
 
 
 def tokenizer_of(file: GgufFile) -> GgufTokenizer:
-    """The tokenizer's description from a header; raises what `read_tokenizer` raises."""
+    """The tokenizer's description from a header; raises what `read_tokenizer` raises.
+
+    Where the file does not say whether a SentencePiece model puts BOS and a space before the text, it does: that is
+    llama.cpp's default.
+    """
 
     def text(key: str) -> str | None:
         return file.value(key, str, code="E_TOKENIZER")
@@ -74,30 +57,40 @@ def tokenizer_of(file: GgufFile) -> GgufTokenizer:
     def number(key: str) -> int | None:
         return file.value(f"tokenizer.ggml.{key}_token_id", int, code="E_TOKENIZER")
 
-    def flag(key: str) -> bool:
-        return file.value(f"tokenizer.ggml.add_{key}", bool, code="E_TOKENIZER") or False
+    def flag(key: str, default: bool = False) -> bool:
+        value = file.value(f"tokenizer.ggml.add_{key}", bool, code="E_TOKENIZER")
+        return default if value is None else value
 
     model = text("tokenizer.ggml.model")
-    if model != "gpt2":
+    if model not in (BYTE_LEVEL, SENTENCE_PIECE):
         raise Unsupported(
             "this kind of GGUF tokenizer is not carried",
             where=f"{file.path}, tokenizer.ggml.model",
-            expected="gpt2 (byte-level BPE)",
+            expected=f"{BYTE_LEVEL} (byte-level BPE) | {SENTENCE_PIECE} (SentencePiece BPE)",
             found=model,
-            fix="start from the model's Hugging Face folder instead",
+            fix=WAY_OUT,
         )
-    if flag("space_prefix"):
+    pieces = model == SENTENCE_PIECE
+    prefix = flag("space_prefix", default=pieces)
+    if prefix and not pieces:
         raise Unsupported(
             "a byte-level BPE with a space prefix is not carried",
             where=f"{file.path}, tokenizer.ggml.add_space_prefix",
-            fix="start from the model's Hugging Face folder instead",
+            fix=WAY_OUT,
         )
+    if pieces:
+        _refuse_normalising(file)
     tokens = file.values("tokenizer.ggml.tokens", str, code="E_TOKENIZER")
     types = file.values("tokenizer.ggml.token_type", int, code="E_TOKENIZER")
-    merges = file.values("tokenizer.ggml.merges", str, code="E_TOKENIZER")
-    pre = text("tokenizer.ggml.pre")
-    if tokens is None or types is None or merges is None or pre is None:
-        parts = {"tokens": tokens, "token_type": types, "merges": merges, "pre": pre}
+    scores = file.values("tokenizer.ggml.scores", float, code="E_TOKENIZER") if pieces else None
+    merges = None if pieces else file.values("tokenizer.ggml.merges", str, code="E_TOKENIZER")
+    pre = None if pieces else text("tokenizer.ggml.pre")
+    parts = {
+        "tokens": tokens,
+        "token_type": types,
+        **({"scores": scores} if pieces else {"merges": merges, "pre": pre}),
+    }
+    if tokens is None or types is None or None in parts.values():
         raise BadInput(
             "the tokenizer in the file is incomplete",
             where=file.path,
@@ -108,17 +101,31 @@ def tokenizer_of(file: GgufFile) -> GgufTokenizer:
     return GgufTokenizer(
         tokens=tokens,
         token_types=types,
-        merges=merges,
-        pre=pre,
+        merges=merges or (),
+        pre=pre or "",
+        model=model,
+        scores=scores or (),
+        space_prefix=prefix,
         bos_id=number("bos"),
         eos_id=number("eos"),
         pad_id=number("padding"),
         unk_id=number("unknown"),
-        add_bos=flag("bos_token"),
+        add_bos=flag("bos_token", default=pieces),
         add_eos=flag("eos_token"),
         chat_template=text("tokenizer.chat_template"),
         max_length=file.value(f"{file.value('general.architecture', str)}.context_length", int),
     )
+
+
+def _refuse_normalising(file: GgufFile) -> None:
+    """Refuse a SentencePiece model that changes the text before it takes it apart."""
+    for key in _NORMALISING:
+        if file.fields.get(f"tokenizer.ggml.{key}"):
+            raise Unsupported(
+                "a SentencePiece model that normalises its text is not carried",
+                where=f"{file.path}, tokenizer.ggml.{key}",
+                fix=WAY_OUT,
+            )
 
 
 def settings_not_carried(file: GgufFile) -> list[str]:
@@ -128,35 +135,26 @@ def settings_not_carried(file: GgufFile) -> list[str]:
     default sampling.
     """
     used = {f"tokenizer.ggml.{key}" for key in _USED} | {"tokenizer.chat_template"}
-    return [key for key in file.fields if key.startswith(("tokenizer.", "general.sampling.")) and key not in used]
+    found = [key for key in file.fields if key.startswith(("tokenizer.", "general.sampling.")) and key not in used]
+    return [key for key in found if file.fields[key] is not False]
 
 
 def build_tokenizer(description: GgufTokenizer, *, where: str = "the GGUF tokenizer") -> Any:
     """Build the tokenizer that a GGUF file describes.
 
-    Bytes that have no token of their own are dropped, as other readers of such files do.
-
     Returns:
         A `transformers.PreTrainedTokenizerFast`.
 
     Raises:
-        Unsupported: the pre-tokenizer kind or a token type is unknown.
-        BadInput: the vocabulary, the merges and the special ids contradict each other.
+        Unsupported: the pre-tokenizer kind or a token type is unknown, or the order of joining pieces is not given.
+        BadInput: vocabulary, merges or scores, and special ids contradict each other.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
 
-    _check(description, where)
+    make = sentence_piece_backend if description.model == SENTENCE_PIECE else byte_level_backend
+    backend = make(description, where)
     tokens = description.tokens
-    merges = [tuple(merge.split(" ")) for merge in description.merges]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    if SPLITS_DIGITS[description.pre]:
-        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
-    else:
-        backend.pre_tokenizer = byte_level
-    backend.decoder = decoders.ByteLevel()
     added = [
         AddedToken(token, special=kind != USER_DEFINED, normalized=False)
         for token, kind in zip(tokens, description.token_types, strict=True)
@@ -164,66 +162,12 @@ def build_tokenizer(description: GgufTokenizer, *, where: str = "the GGUF tokeni
     ]
     backend.add_tokens(added)
     _add_template(backend, description)
-
-    names = {"bos": description.bos_id, "eos": description.eos_id, "pad": description.pad_id, "unk": description.unk_id}
-    special: dict[str, Any] = {f"{name}_token": tokens[index] for name, index in names.items() if index is not None}
+    options: dict[str, Any] = {name: tokens[index] for name, index in description.special().items()}
     if description.max_length is not None:
-        special["model_max_length"] = int(description.max_length)
+        options["model_max_length"] = int(description.max_length)
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, clean_up_tokenization_spaces=False, chat_template=description.chat_template, **special
+        tokenizer_object=backend, clean_up_tokenization_spaces=False, chat_template=description.chat_template, **options
     )
-
-
-def _check(description: GgufTokenizer, where: str) -> None:
-    """Refuse a description that the `tokenizers` package would take wrongly or refuse without naming the reason."""
-    if description.pre not in SPLITS_DIGITS:
-        raise Unsupported(
-            "unknown pre-tokenizer kind",
-            where=f"{where}, tokenizer.ggml.pre",
-            expected=", ".join(SPLITS_DIGITS),
-            found=description.pre,
-            fix="start from the model's Hugging Face folder instead",
-        )
-
-    def refuse(what: str, key: str, expected: object, found: object) -> BadInput:
-        return BadInput(what, where=f"{where}, {key}", expected=expected, found=found, code="E_TOKENIZER")
-
-    tokens = description.tokens
-    if len(description.token_types) != len(tokens):
-        raise refuse(
-            "token types and tokens differ in number",
-            "tokenizer.ggml.token_type",
-            len(tokens),
-            len(description.token_types),
-        )
-    known = set(tokens)
-    if len(known) != len(tokens):
-        raise refuse("a token occurs twice", "tokenizer.ggml.tokens", f"{len(tokens)} different tokens", len(known))
-    kinds = set(description.token_types) - {NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED}
-    if kinds:
-        raise Unsupported(
-            "unknown token type", where=f"{where}, tokenizer.ggml.token_type", expected="1..5", found=sorted(kinds)
-        )
-    for index, merge in enumerate(description.merges):
-        pair = merge.split(" ")
-        if len(pair) != 2 or not {pair[0], pair[1], pair[0] + pair[1]} <= known:
-            raise refuse(
-                "a merge does not fit the vocabulary",
-                f"tokenizer.ggml.merges[{index}]",
-                "two tokens that join to a token",
-                merge,
-            )
-    for name in ("bos_id", "eos_id", "pad_id", "unk_id"):
-        index = getattr(description, name)
-        if index is not None and not 0 <= index < len(tokens):
-            raise refuse("a special token is outside the vocabulary", name, f"0..{len(tokens) - 1}", index)
-    for flag, name in (("add_bos", "bos_id"), ("add_eos", "eos_id")):
-        index = getattr(description, name)
-        if getattr(description, flag) and index is None:
-            raise refuse(f"{flag} is set without a token to add", name, "an id", None)
-        # The template that adds it has a syntax of its own: `$A` is the text, `:1` a segment.
-        if getattr(description, flag) and (tokens[index].startswith("$") or ":" in tokens[index] or not tokens[index]):
-            raise refuse("this token cannot be added around the text", name, "no $ or : in it", tokens[index])
 
 
 def _add_template(backend: Any, description: GgufTokenizer) -> None:

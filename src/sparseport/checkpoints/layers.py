@@ -11,7 +11,7 @@ from sparseport.checkpoints.leaves import WEIGHT_PARTS
 from sparseport.errors import BadInput
 
 _LAYER = re.compile(r"^(?P<stem>(?:.*\.)?(?:layers|h|blocks))\.(?P<index>\d+)\.(?P<rest>.+)$")
-LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 # Names of a config's longest input, in the order that lm-evaluation-harness looks for them.
 INPUT_LENGTHS = ("n_positions", "max_position_embeddings", "n_ctx")
 # Where the language model's part of a config stands if the model does more than language.

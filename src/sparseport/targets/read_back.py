@@ -20,7 +20,7 @@ class ReadBack:
     weight        the values; a quantised one has uint8 codes whatever the stored type was
     element_type  name of the stored type: `u4`, `i4`, `u8`, `i8`, `f16`, `f32`
     places        names of the operations that use it: linear layers, look-ups, and for small tensors any operation
-    added         what the graph holds more than the checkpoint in every element (1 for Gemma's norms in ONNX)
+    added         what the graph holds more than the checkpoint in every element (1 for Gemma's norms)
     """
 
     name: str

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from sparseport.errors import BadInput, Unsupported
+from sparseport.weights.digest import value_digest
 from sparseport.weights.layouts import GroupLayout
 from sparseport.weights.linear import Array, DenseWeight, LowRankBranch, QuantizedWeight
 
@@ -117,6 +118,15 @@ def f16_or_f32(values: Array, name: str) -> Array:
     if not np.isfinite(values.astype(np.float32)).all():
         raise BadInput("tensor holds NaN or Inf", where=name, code="E_NAN")
     return values if values.dtype == np.float16 else values.astype(np.float32)
+
+
+def plus_one_facts(values: Array) -> dict[str, Any]:
+    """What the certificate says of a small tensor that a graph holds plus 1, as Gemma's norms multiply.
+
+    Args:
+        values: the checkpoint's, any float dtype; 1 is added in float32.
+    """
+    return {"added": 1, "value_sha256": value_digest(values.astype(np.float32) + np.float32(1))}
 
 
 def _check_finite(values: Array, name: str) -> None:

@@ -62,7 +62,8 @@ def build_graph(config: str, output: str, tokenizer: str | None = None) -> dict[
             raise Unsupported(
                 "onnxruntime-genai's builder cannot build this model",
                 where=network.config.model_type,
-                found=f"{type(error).__name__}: {error}",
+                # It names a model by its folder.
+                found=f"{type(error).__name__}: {error}".replace(str(Path(config).parent), network.config.model_type),
                 fix="export to OpenVINO",
             ) from error
     matmuls = {node: _modules_of(node, parts, names) for node, parts in nodes.items()}
@@ -163,15 +164,23 @@ def _find_marks(model: Any, marked: dict[str, tuple[int, int]]) -> dict[str, lis
 def _run_builder(network: Any, source: Path, target: Path) -> tuple[Any, dict[str, list[Any]]]:
     """The builder's graph, and the modules behind each of its MatMul nodes."""
     from sparseport.targets.empty_model import attention_heads, key_value_heads
+    from sparseport.targets.onnx.builder_changes import (
+        ConfigWithOldNames,
+        JoinedLayers,
+        TokenizerOrNone,
+        build_heads_layer_by_layer,
+        with_mean,
+    )
 
     builder, base = _import_builder()
     nodes: dict[str, list[Any]] = {}
     captured: dict[str, Any] = {}
     plain = base.Model.make_matmul_float
     packed = base.Model.make_packed_matmul_float_class
+    layers = JoinedLayers(base)
 
     def make_matmul_float(self: Any, matmul: Any, name: str, root_input: str, **kwargs: Any) -> Any:
-        nodes[name] = getattr(matmul, "sparseport_parts", [matmul])
+        nodes[name] = layers.parts(name) or getattr(matmul, "sparseport_parts", [matmul])
         return plain(self, matmul, name, root_input, **kwargs)
 
     def make_packed_matmul_float_class(self: Any, q: Any, k: Any, v: Any, **kwargs: Any) -> Any:
@@ -188,7 +197,7 @@ def _run_builder(network: Any, source: Path, target: Path) -> tuple[Any, dict[st
 
     def load_weights(self: Any, path: str) -> Any:
         if heads is not None:
-            _build_heads_layer_by_layer(self, heads)
+            build_heads_layer_by_layer(self, heads)
         return network
 
     changes: dict[str, Any] = {
@@ -198,7 +207,10 @@ def _run_builder(network: Any, source: Path, target: Path) -> tuple[Any, dict[st
         "save_processing": lambda self, *_: None,
         "make_matmul_float": make_matmul_float,
         "make_packed_matmul_float_class": make_packed_matmul_float_class,
+        **layers.changes(),
     }
+    if network.config.model_type == "olmo":
+        changes["make_layernorm"] = with_mean(base.Model.make_layernorm)
     arguments = {
         "model_name": None,
         "input_path": str(source),
@@ -209,70 +221,20 @@ def _run_builder(network: Any, source: Path, target: Path) -> tuple[Any, dict[st
     }
     with (
         mock.patch.multiple(base.Model, **changes),
-        mock.patch.object(builder, "AutoTokenizer", _TokenizerOrNone),
-        mock.patch.object(builder, "AutoConfig", _ConfigWithOldNames),
+        mock.patch.object(builder, "AutoTokenizer", TokenizerOrNone),
+        mock.patch.object(builder, "AutoConfig", ConfigWithOldNames),
         contextlib.redirect_stdout(io.StringIO()),
     ):
-        options = builder.parse_extra_options(
-            **arguments, extra_options=["shared_embeddings=false", "windowed_kv_cache=false"]
-        )
+        extra = [
+            "shared_embeddings=false",
+            "windowed_kv_cache=false",
+            f"fuse_mlp_gate_up={layers.has_gate_up(network)}",
+        ]
+        options = builder.parse_extra_options(**arguments, extra_options=extra)
         builder.create_model(**arguments, **options)
     with contextlib.suppress(OSError):
         (target / "cache").rmdir()
     return captured["graph"], nodes
-
-
-def _build_heads_layer_by_layer(model: Any, heads: list[tuple[int, int]]) -> None:
-    """Give the builder the heads of each block while it makes that block; it knows one number for all."""
-    plain, names = model.make_layer, ("num_attn_heads", "num_kv_heads", "q_size", "kv_size")
-    whole = [getattr(model, name) for name in names]
-
-    def make_layer(layer_id: int, layer: Any) -> None:
-        own = heads[layer_id]
-        for name, value in zip(names, [*own, *(number * model.head_size for number in own)], strict=True):
-            setattr(model, name, value)
-        plain(layer_id, layer)
-        for name, value in zip(names, whole, strict=True):  # genai_config.json gets the whole model's
-            setattr(model, name, value)
-
-    model.make_layer = make_layer
-
-
-class _TokenizerOrNone:
-    """Stands for `AutoTokenizer`: the builder looks for special tokens in the vocabulary, and can do without."""
-
-    @classmethod
-    def from_pretrained(cls, folder: str, **options: Any) -> Any:
-        from transformers import AutoTokenizer
-
-        try:
-            return AutoTokenizer.from_pretrained(folder, **options)
-        except (OSError, ValueError):
-            return cls()
-
-    def get_vocab(self) -> dict[str, int]:
-        return {}
-
-
-class _ConfigWithOldNames:
-    """Stands for `AutoConfig`: the builder reads a few keys by names that transformers 5 no longer uses."""
-
-    @staticmethod
-    def from_pretrained(folder: str, **options: Any) -> Any:
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(folder, **options)
-        rope = getattr(config, "rope_parameters", None) or {}
-        if "full_attention" in rope and "sliding_attention" in rope:  # Gemma 3: two thetas
-            config.rope_theta = rope["full_attention"]["rope_theta"]
-            config.rope_local_base_freq = rope["sliding_attention"]["rope_theta"]
-            # The builder looks for the kind of scaling beside the two, where older versions have it.
-            config.rope_parameters = {"rope_type": rope["full_attention"]["rope_type"], **rope}
-        if getattr(config, "sliding_window", None) and not getattr(config, "layer_types", None):  # Mistral
-            config.layer_types = ["sliding_attention"] * config.num_hidden_layers
-        if config.eos_token_id is None:
-            config.eos_token_id = 0  # the builder insists; `folder.write_genai_config` writes the model's own
-        return config
 
 
 def _import_builder() -> tuple[Any, Any]:

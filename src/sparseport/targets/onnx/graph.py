@@ -31,6 +31,8 @@ from sparseport.weights.linear import Array
 
 MODEL = "model.onnx"
 PLUS_ONE = ".plus_one"
+# An input of GroupQueryAttention, and what the number of columns that it turns is a multiple of.
+_COS_CACHE, _ROTATED = 7, 16
 # Bytes from which a constant goes into the data file.
 _LARGE = 1 << 14
 Pieces = Sequence[Sequence[Any]]
@@ -74,13 +76,15 @@ def write_model(
 
     Raises:
         FidelityError: a layer has no place in the graph, or a place no layer.
-        Unsupported: the layout cannot hold a layer.
+        Unsupported: the layout cannot hold a layer, or ONNX Runtime's attention cannot compute the heads.
     """
     import onnx
 
     branches = branches or {}
     model = onnx.load(skeleton, load_external_data=False)
     graph = model.graph
+    if store.layout is Layout.NBITS:
+        _require_rotations(graph)
     outside = {tensor.name for tensor in graph.initializer if tensor.external_data}
     renamed, tensors = _small_tensors(answer["small"], small)
     kept = [tensor for tensor in graph.initializer if tensor.name not in outside | set(answer["small"])]
@@ -107,6 +111,28 @@ def write_model(
     onnx.save(model, folder / MODEL)
     pieces = [piece for found in answer["small"].values() for piece in found]
     return Written(places, sorted({str(piece[0]) for piece in pieces if piece[3]}), expected)
+
+
+def _require_rotations(graph: Any) -> None:
+    """Refuse heads that GroupQueryAttention does not turn; it would say so only when it runs.
+
+    Raises:
+        Unsupported: the columns of a head that positions turn are no multiple of 16.
+    """
+    tables = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    for node in graph.node:
+        rotates = any(attribute.name == "do_rotary" and attribute.i for attribute in node.attribute)
+        if node.op_type != "GroupQueryAttention" or not rotates:
+            continue
+        turned = 2 * tables[node.input[_COS_CACHE]][-1]
+        if turned % _ROTATED:
+            raise Unsupported(
+                "ONNX Runtime's GroupQueryAttention cannot turn heads of this size by their positions",
+                where=node.name,
+                expected=f"a multiple of {_ROTATED} columns",
+                found=turned,
+                fix="use `--onnx-format qdq`, whose attention is made of standard operators",
+            )
 
 
 def _structure(

@@ -19,8 +19,8 @@ from sparseport.targets.onnx.folder import token_ids, write_genai_config
 from sparseport.targets.onnx.graph import Written, write_model
 from sparseport.targets.onnx.products import EXACT_LEVEL, FAST_LEVEL
 from sparseport.targets.onnx.store import Layout, OnnxStore, Stored, StoredNBits
-from sparseport.targets.writer import f16_or_f32, without_place
-from sparseport.weights.digest import digest, value_digest
+from sparseport.targets.writer import f16_or_f32, plus_one_facts, without_place
+from sparseport.weights.digest import digest
 from sparseport.weights.layouts import MATMULNBITS_BLOCKS, PORTABLE_BLOCKS, GroupLayout, in_layout, matmulnbits_layout
 from sparseport.weights.linear import Array, DenseWeight, LowRankBranch, QuantizedWeight
 from sparseport.weights.rounding import choose_qparams_minmax, error_in_steps, quantize_to_grid
@@ -169,12 +169,7 @@ class OnnxWriter:
         facts: dict[str, dict[str, Any]] = {
             self._labels[module]: {"places": sorted(places)} for module, places in self._written.places.items()
         }
-        for name in self._written.plus_one:
-            facts[name] = {
-                "added": 1,
-                "value_sha256": value_digest(self._small[name].astype(np.float32) + np.float32(1)),
-            }
-        return facts
+        return facts | {name: plus_one_facts(self._small[name]) for name in self._written.plus_one}
 
 
 def _table_group(columns: int, settings: OnnxRecipe, name: str) -> int:

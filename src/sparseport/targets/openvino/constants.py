@@ -5,17 +5,20 @@ Layout of a quantised weight, the one that OpenVINO's CPU plugin keeps compresse
     Constant u4 [out, groups, group] -> Convert f16 -> Subtract(Convert(zero_points u4)) -> Multiply(scales)
         -> Reshape [out, in] -> Convert f32 -> MatMul
 
-Names of the constants are `<module>.codes`, `<module>.zero_points`, `<module>.scales`, `<module>.weight`.
+Names of the constants are `<module>.codes`, `<module>.zero_points`, `<module>.scales`, `<module>.weight`; that of a
+small tensor which the graph holds plus 1 (Gemma's norms) ends in `.plus_one`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from sparseport.errors import BadInput, FidelityError
 from sparseport.targets.blocks import Block
 from sparseport.targets.openvino.store import StoredDense, StoredQuantized, WeightStore
+
+PLUS_ONE = ".plus_one"
 
 
 def swap_constants(
@@ -23,6 +26,7 @@ def swap_constants(
     placeholders: Mapping[str, str],
     stored: Mapping[str, StoredDense | StoredQuantized],
     store: WeightStore,
+    plus_one: Collection[str] = (),
 ) -> list[Any]:
     """Replace placeholder constants of an `openvino.Model`, in place.
 
@@ -31,6 +35,7 @@ def swap_constants(
         placeholders: checkpoint tensor name (`<module>.weight`) -> friendly name of its Constant in the skeleton.
         stored: checkpoint tensor name -> what to put there. Every key must be in `placeholders`.
         store: where the bytes are.
+        plus_one: names of the small tensors that the skeleton holds plus 1.
 
     Returns:
         The tensors that own the bytes. OpenVINO does not keep them alive: hold the list until the model is saved.
@@ -74,7 +79,7 @@ def swap_constants(
                     fix="check that config.json belongs to the weights, and that no shard is missing",
                     code="E_TENSOR",
                 )
-            nodes[placeholder].set_friendly_name(tensor_name)
+            nodes[placeholder].set_friendly_name(tensor_name + (PLUS_ONE if tensor_name in plus_one else ""))
     model.validate_nodes_and_infer_types()
     return alive
 

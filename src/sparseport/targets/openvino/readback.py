@@ -20,6 +20,8 @@ from sparseport.targets.read_back import BranchBack, ReadBack, Shapes
 from sparseport.weights.grouping import without_filling
 from sparseport.weights.linear import U8, DenseWeight, QuantizedWeight
 
+_PLUS_ONE = ".plus_one"
+
 
 class OpenVinoReader:
     """The reader of `targets.read_back` for a parsed IR."""
@@ -85,8 +87,8 @@ def read_model(xml: Path) -> Any:
 def weights(model: Any) -> Iterator[ReadBack]:
     """Yield every named weight that the graph uses, in graph order.
 
-    Ours are `<module>.codes` (with zero-points and scales around them) and `<tensor name>` for floating point; NNCF
-    keeps the tensor name on its integer codes.
+    Ours are `<module>.codes` (with zero-points and scales around them) and `<tensor name>` for floating point, with
+    `.plus_one` behind it where the graph holds 1 more; NNCF keeps the tensor name on its integer codes.
 
     Raises:
         VerificationError: a name comes twice, or a weight is used by something that no layer of a model does with it.
@@ -94,8 +96,10 @@ def weights(model: Any) -> Iterator[ReadBack]:
     seen: set[str] = set()
     for op in model.get_ordered_ops():
         name = op.get_friendly_name()
-        if op.get_type_name() != "Constant" or not name.endswith((".codes", ".weight", ".bias")):
+        if op.get_type_name() != "Constant" or not name.endswith((".codes", ".weight", ".bias", _PLUS_ONE)):
             continue
+        plus_one = name.endswith(_PLUS_ONE)
+        name = name.removesuffix(_PLUS_ONE)
         if name in seen:
             raise VerificationError("two constants have one name", where=name)
         seen.add(name)
@@ -107,7 +111,7 @@ def weights(model: Any) -> Iterator[ReadBack]:
         elif inputs := _inputs_past(op, ("Convert",)):
             if _is_matrix(op):
                 _check_matrix_use(inputs, name)
-            yield ReadBack(name, DenseWeight(op.get_data()), kind, _names(inputs))
+            yield ReadBack(name, DenseWeight(op.get_data()), kind, _names(inputs), added=int(plus_one))
 
 
 def unnamed_matrices(model: Any, named: set[str]) -> list[str]:
@@ -224,10 +228,15 @@ def _only_user(node: Any, module: str) -> Any:
 
 
 def _inputs_past(node: Any, kinds: tuple[str, ...]) -> list[Any]:
-    """Inputs that a node feeds, looking through operations of the given kinds; sorted by name."""
+    """Inputs that a node feeds, looking through operations of the given kinds; sorted by name.
+
+    Who asks for its shape alone (OPT's tied head) computes nothing with its values.
+    """
     found: list[Any] = []
     for target in node.output(0).get_target_inputs():
         user = target.get_node()
+        if user.get_type_name() == "ShapeOf":
+            continue
         found.extend(_inputs_past(user, kinds) if user.get_type_name() in kinds else [target])
     return sorted(found, key=lambda place: (place.get_node().get_friendly_name(), place.get_index()))
 

@@ -2,8 +2,8 @@
 
 The graph comes from optimum-intel's own export, so it is the graph that every tool of that family expects. The
 weights are never materialised: all matrices of the traced model are views of one untouched block of zero pages, and
-become f16 placeholder constants that a later step replaces. The small tensors (norms, biases) are in place already.
-`frontend` runs this in a child process.
+become f16 placeholder constants (f32 in modules with a forward of their own) that a later step replaces. The small
+tensors (norms, biases) are in place already. `frontend` runs this in a child process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sparseport.errors import BadInput, FidelityError, Unsupported
 from sparseport.targets.empty_model import empty_model, load_config
 from sparseport.targets.openvino.stamp import LayersDiffer, stamp_layers, three_layer_settings
 from sparseport.targets.openvino.stamp_graph import NUMPY_TYPES, Carrier, Graph, Zeros
-from sparseport.targets.openvino.trace import export, fill_parameters
+from sparseport.targets.openvino.trace import export, fill_parameters, wide_names
 
 if TYPE_CHECKING:
     import torch
@@ -32,10 +32,11 @@ SmallTensors = Callable[[str], Array]
 
 XML_NAME = "openvino_model.xml"
 
+_PLUS_ONE = "1 + weight"
 # How a small tensor may appear in the graph after constant folding. Gemma's norms multiply by (1 + weight).
 FOLDED_FORMS: dict[str, Callable[[Array], Array]] = {
     "weight": lambda values: values,
-    "1 + weight": lambda values: np.float32(1) + values.astype(np.float32),
+    _PLUS_ONE: lambda values: np.float32(1) + values.astype(np.float32),
 }
 
 
@@ -45,6 +46,7 @@ class Skeleton:
 
     `constants` maps each tensor name of the checkpoint to the friendly name of the constant that carries it.
     `stamped` says that only `traced_layers` decoder layers were traced and the others are copies of the last one.
+    `plus_one` names the tensors whose constants hold 1 more than the checkpoint in every element.
     """
 
     xml: str
@@ -52,6 +54,7 @@ class Skeleton:
     traced_layers: int
     stamped: bool
     constants: dict[str, str]
+    plus_one: list[str]
 
 
 def build_skeleton(
@@ -79,7 +82,10 @@ def build_skeleton(
 
 def _build(traced: PretrainedConfig, layers: int, out_dir: Path, small_tensors: SmallTensors) -> Skeleton:
     """Trace the model of `traced`, put the small tensors in, and stamp if it has fewer than `layers` layers."""
-    model = empty_model(traced)
+    # Only transformers' plain attention caps scores; the fused one leaves the cap out without a word.
+    capped = getattr(traced, "attn_logit_softcapping", None) is not None
+    model = empty_model(traced, attention="eager" if capped else None)
+    _require_linear_layers(model)
     small = {n: _small_value(n, tuple(p.shape), small_tensors) for n, p in model.named_parameters() if p.ndim < 2}
     markers = _markers(small)
     fill_parameters(model, markers)
@@ -100,7 +106,25 @@ def _build(traced: PretrainedConfig, layers: int, out_dir: Path, small_tensors: 
     _check_written(xml, carriers, small, tied)
     constants = {name: carrier.node.name for name, carrier in sorted(carriers.items())}
     stamped = traced.num_hidden_layers < layers
-    return Skeleton(str(xml), str(xml.with_suffix(".bin")), traced.num_hidden_layers, stamped, constants)
+    plus_one = sorted(name for name, carrier in carriers.items() if carrier.form == _PLUS_ONE)
+    return Skeleton(str(xml), str(xml.with_suffix(".bin")), traced.num_hidden_layers, stamped, constants, plus_one)
+
+
+def _require_linear_layers(model: PreTrainedModel) -> None:
+    """Refuse weights that are no matrices [out, in]: experts in one tensor, convolutions, GPT-2's layers.
+
+    Raises:
+        Unsupported: names the first.
+    """
+    for name, parameter in model.named_parameters():
+        owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
+        if parameter.ndim > 2 or (parameter.ndim == 2 and owner == "Conv1D"):
+            raise Unsupported(
+                "only linear layers stored as [out, in] are carried",
+                where=name,
+                found=f"{owner} {tuple(parameter.shape)}",
+                fix="export this model with optimum-cli",
+            )
 
 
 def _small_value(name: str, shape: tuple[int, ...], small_tensors: SmallTensors) -> Array:
@@ -132,6 +156,7 @@ def _locate_matrices(model: PreTrainedModel, graph: Graph) -> dict[str, Carrier]
     """Find the constant of each matrix by the name that OpenVINO's frontend derives from the module path."""
     by_name = {node.name: node for node in graph.constants()}
     located: dict[str, Carrier] = {}
+    wide = wide_names(model)
     for name, aliases in _aliases(model).items():
         shape = tuple(model.get_parameter(name).shape)
         if len(shape) < 2:
@@ -139,10 +164,14 @@ def _locate_matrices(model: PreTrainedModel, graph: Graph) -> dict[str, Carrier]
         found = [by_name[traced] for alias in aliases for traced in _traced_names(alias) if traced in by_name]
         if len(found) != 1:
             raise Unsupported("a weight matrix was not found once in the traced graph", where=name, found=len(found))
-        element_type = found[0].data["element_type"]
-        if element_type != "f16" or found[0].shape != shape:
-            changed = f"{element_type} {found[0].shape}"
-            raise Unsupported("tracing changed a weight matrix", where=name, expected=f"f16 {shape}", found=changed)
+        element_type, expected = found[0].data["element_type"], "f32" if name in wide else "f16"
+        if element_type != expected or found[0].shape != shape:
+            raise Unsupported(
+                "tracing changed a weight matrix",
+                where=name,
+                expected=f"{expected} {shape}",
+                found=f"{element_type} {found[0].shape}",
+            )
         graph.set_payload(found[0], Zeros(int(found[0].data["size"])))
         located[name] = Carrier(found[0], shape)
     return located
@@ -219,8 +248,8 @@ def _check_written(xml: Path, carriers: dict[str, Carrier], small: dict[str, Arr
         if name in small:
             if values.tobytes() != FOLDED_FORMS[carrier.form](small[name]).astype(values.dtype).tobytes():
                 raise FidelityError("a small tensor is not in the IR bit for bit", where=f"{xml}: {name}")
-        elif values.dtype != np.float16 or values.shape != carrier.shape:
-            raise FidelityError("a placeholder is not f16 of the tensor's shape", where=f"{xml}: {name}")
+        elif values.dtype != NUMPY_TYPES[carrier.node.data["element_type"]] or values.shape != carrier.shape:
+            raise FidelityError("a placeholder has not the tensor's type and shape", where=f"{xml}: {name}")
         if name in tied and not {"Gather", "MatMul"} <= _users(found[0]):
             raise FidelityError("a tied tensor does not feed embedding and head", where=f"{xml}: {name}")
 

@@ -16,7 +16,7 @@ from sparseport.targets.openvino.adapter import ADAPTER, write_adapter_file
 from sparseport.targets.openvino.branches import StoredLowRank, insert_branches
 from sparseport.targets.openvino.constants import swap_constants
 from sparseport.targets.openvino.store import StoredDense, StoredQuantized, WeightStore
-from sparseport.targets.writer import f16_or_f32, without_place
+from sparseport.targets.writer import f16_or_f32, plus_one_facts, without_place
 from sparseport.weights.branch import in_order
 from sparseport.weights.layouts import GroupLayout, in_layout
 from sparseport.weights.linear import Array, DenseWeight, LowRankBranch, QuantizedWeight
@@ -63,6 +63,7 @@ class OpenVinoWriter:
         self.notes: list[str] = []
         self.around: dict[str, Any] = {}
         self._small = dict(small)
+        self._plus_one: list[str] = []
         self._dtype = dtype
         write_config(config, folder)
         write_generation_config(base, config, folder)
@@ -116,8 +117,8 @@ class OpenVinoWriter:
         return {}
 
     def certified(self) -> dict[str, dict[str, Any]]:
-        """Nothing: the traced graph itself names the place of every weight."""
-        return {}
+        """Which norms are stored plus 1; the traced graph itself names the place of every weight."""
+        return {name: plus_one_facts(self._small[name]) for name in self._plus_one}
 
     def save(self) -> None:
         """Wait for the graph, put the weights in and write the IR and its config files."""
@@ -130,7 +131,8 @@ class OpenVinoWriter:
         model = ov.Core().read_model(skeleton / XML)
         beside = {} if self._adapter else self._branches
         alive = insert_branches(model, answer["constants"], beside, self._store)
-        alive += swap_constants(model, answer["constants"], self._stored, self._store)
+        self._plus_one = list(answer["plus_one"])
+        alive += swap_constants(model, answer["constants"], self._stored, self._store, self._plus_one)
         ov.save_model(model, self.folder / XML, compress_to_fp16=False)
         del model, alive
         if self._adapter:
