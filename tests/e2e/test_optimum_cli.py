@@ -71,6 +71,7 @@ def ours(capsys: pytest.CaptureFixture[str]) -> Run:
 def optimum_help(*arguments: str, sparseport: str) -> tuple[dict[str, Any], str, str]:
     """What a process of its own says of itself, what it printed before that, and its standard error."""
     environment = {**os.environ, "PYTHONPATH": str(SRC)}
+    environment.pop("TRANSFORMERS_VERBOSITY", None)  # optimum's warnings follow it, and earlier tests may have set it
     command = [sys.executable, "-c", HELP, *arguments, "--help", sparseport]
     done = subprocess.run(command, env=environment, text=True, capture_output=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
