@@ -16,8 +16,8 @@ from sparseport import cli
 from sparseport.errors import FidelityError
 
 VERBS = (
-    *("export", "verify", "inspect", "demo", "sparsify", "quantize", "finetune", "search", "evaluate", "run"),
-    "ovms",
+    *("export", "verify", "inspect", "demo", "sparsify", "quantize", "finetune", "search", "evaluate", "bench"),
+    *("run", "ovms"),
 )
 
 
