@@ -91,6 +91,8 @@ def test_every_state_is_a_page(tmp_path: Path, state: str) -> None:
     assert text == page(data) and text.startswith("<!doctype html>\n")
     assert not re.search(r"\bNone\b|\bnan\b|Markup\(", text), "a value that is missing was printed"
     assert str(tmp_path) not in text
+    policy = next(value for tag, name, value in parser.attributes if tag == "meta" and name == "content")
+    assert policy.startswith("default-src 'none'; "), "a browser is told to load nothing, whatever else is on the page"
     for tag in re.findall(r"<svg[^>]*>", text):
         hidden = 'aria-hidden="true"' in tag
         nested = 'overflow="visible"' in tag
