@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -144,6 +145,18 @@ def test_the_table_for_people(capsys: Any, environment: Any) -> None:
     out = capsys.readouterr().out
     assert "no GPU:" in out and "A \\x1b[31mCPU" in out and "\x1b[31mCPU" not in out
     assert "openvino-releases" not in out and "different releases" in out and "pip install openvino==" in out
+
+
+@pytest.mark.parametrize(
+    ("version", "level"), [((3, 9), "broken"), ((3, 10), None), ((3, 12), None), ((3, 13), "note"), ((4, 0), "note")]
+)
+def test_versions_of_python(version: tuple[int, int], level: str | None, repo_root: Path) -> None:
+    found = report._python(version)
+    assert [problem.level for problem in found] == ([level] if level else [])
+    text = (repo_root / "pyproject.toml").read_text(encoding="utf-8")
+    oldest, newest = (".".join(map(str, one)) for one in (report.OLDEST_PYTHON, report.NEWEST_PYTHON))
+    assert f'requires-python = ">={oldest}"' in text
+    assert re.findall(r"Python :: (3\.\d+)", text)[-1] == newest
 
 
 @pytest.mark.parametrize("timeout", ["0", "-1", "nan"])

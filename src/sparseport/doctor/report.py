@@ -16,7 +16,8 @@ from sparseport.doctor.conflicts import RULES, Problem, judge, packages_of
 from sparseport.doctor.packages import NAMED, Installed
 from sparseport.doctor.telemetry import telemetry
 
-OLDEST_PYTHON, TESTED_PYTHON = (3, 10), (3, 11)
+# The oldest that sparseport can run on, the newest that it is said to run on, and the one that it was tested with.
+OLDEST_PYTHON, NEWEST_PYTHON, TESTED_PYTHON = (3, 10), (3, 12), (3, 11)
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,12 @@ def _torch_build(installed: Installed) -> str | None:
 
 def _python(version: tuple[int, ...]) -> list[Problem]:
     found, oldest, tested = (".".join(map(str, one)) for one in (version, OLDEST_PYTHON, TESTED_PYTHON))
+    fix = f"make an environment with Python {tested}"
     if version < OLDEST_PYTHON:
-        fix = f"make an environment with Python {tested}"
         return [Problem("broken", "python", f"Python {oldest} or newer is needed", f"Python {found}", fix)]
+    if version > NEWEST_PYTHON:
+        what = f"sparseport was tested with Python {tested}; packages may have no wheels for a newer one yet"
+        return [Problem("note", "python", what, f"Python {found}", fix)]
     return []
 
 
