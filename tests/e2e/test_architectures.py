@@ -83,9 +83,10 @@ def test_line(name: str, tmp_path: Path) -> None:
 
 
 def _reason(error: SparseportError) -> str:
-    """The message, and what was found unless a library explains itself at length."""
-    found = "" if error.found is None or len(str(error.found)) > 80 else f": {error.found}"
-    return f"{error.what}{found}".replace("|", "/").replace("\n", " ")
+    """The message, and what was found unless a library says the same once more, or explains itself at length."""
+    found = "" if error.found is None else str(error.found)
+    found = "" if len(found) > 80 or "not currently supported" in found else f": {found}"
+    return f"{error.what}{found.rstrip(': ')}".replace("|", "/").replace("\n", " ")
 
 
 def test_every_line_has_its_model_and_every_model_its_line() -> None:
