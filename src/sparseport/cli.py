@@ -133,6 +133,11 @@ def _add_export(verbs: Any) -> None:
     verb.add_argument("--sub-adapter", metavar="WHICH", help="maximal (default), heuristic, minimal, or a JSON file")
     verb.add_argument("--search-space", metavar="FILE", help="its search space, where it is not beside the adapter")
     verb.add_argument(
+        "--draft",
+        metavar="WHICH",
+        help="export a second sub-network as the draft for speculative decoding: heuristic, minimal, or a JSON file",
+    )
+    verb.add_argument(
         "--target",
         action="append",
         choices=["openvino", "onnx"],
@@ -185,6 +190,13 @@ def _add_export(verbs: Any) -> None:
         compress.add_argument(
             f"--compress-{name}", dest=f"compress.{name.replace('-', '_')}", action="store_true", default=None
         )
+    compress.add_argument(
+        "--draft-compress",
+        dest="draft_compress.mode",
+        metavar="MODE",
+        choices=["none", "int8_sym", "int8_asym", "int4_sym", "int4_asym"],
+        help="the same for the draft alone, which --compress leaves as it is",
+    )
     onnx = verb.add_argument_group("the ONNX target")
     onnx.add_argument(
         "--onnx-format",
@@ -252,6 +264,7 @@ _EXPORT_FIELDS = (
     "adapter",
     "sub_adapter",
     "search_space",
+    "draft",
     "target",
     "output",
     "rounding",
@@ -310,8 +323,9 @@ def _add_verify(verbs: Any) -> None:
 def _run_verify(options: argparse.Namespace) -> int:
     from sparseport.show import show_verdicts
     from sparseport.verify.certificate import exported_folders
-    from sparseport.verify.folder import Verdict, require_all, strangers, unequal_weights, verify
+    from sparseport.verify.folder import Verdict, require_all, strangers, verify
     from sparseport.verify.judge import check_numerics
+    from sparseport.verify.pairs import differences_between
 
     folders = exported_folders(options.folder)
     several = folders != [options.folder]
@@ -332,7 +346,7 @@ def _run_verify(options: argparse.Namespace) -> int:
                 certificate = verdict.certificate
                 adapters = sorted(certificate.adapters)
                 numerics[-1] = check_numerics(folder, certificate.target, certificate.portable, adapters)
-    unequal = unequal_weights(verdicts)
+    unequal = differences_between(verdicts)
     if several and not options.ignore_extra:
         unequal += strangers(options.folder, folders)
     results = [

@@ -10,7 +10,7 @@ from sparseport.errors import UsageError
 from sparseport.verbs.making import progress_of, require_folders, run_verb
 
 NAME = "search"
-HELP = "Search the sub-networks of a super-adapter by accuracy, MACs, parameters or the measured latency of exports."
+HELP = "Search the sub-networks of a super-adapter by accuracy, cost and latency; or for the best draft of another one."
 EXAMPLE = "sparseport search --config job.yaml --base model --adapter adapter --output found"
 JOURNAL = "journal.jsonl"
 
@@ -55,11 +55,13 @@ def run_search(options: argparse.Namespace) -> int:
         )
 
     def work() -> dict[str, Any]:
+        from sparseport.job.check import SEARCHED
         from sparseport.nls.searching import make_search, summary
         from sparseport.nls.sub_networks import SubNetworkEvaluator
 
         base, quantized = (options.sparse_base, options.base) if both else (options.base, None)
-        export = job.export.model_copy(update={"sub_adapter": "maximal", "target": job.export.target[:1]})
+        main = "maximal" if job.export.sub_adapter == SEARCHED else job.export.sub_adapter
+        export = job.export.model_copy(update={"sub_adapter": main, "target": job.export.target[:1]})
         setup = SubNetworkEvaluator(base, quantized, options.adapter, finetune, recipe, export)
         setup.check()
         options.output.mkdir(parents=True, exist_ok=True)
