@@ -79,6 +79,11 @@ def optimum_export(source: Path, output: Path, *options: str) -> list[str]:
     ]
 
 
+def sparseport() -> str:
+    """The command of this environment."""
+    return str(Path(sys.executable).with_name("sparseport"))
+
+
 def run(command: list[str], environment: dict[str, str] | None = None, folder: Path | None = None) -> None:
     """Run a command quietly, in an environment and a folder if they are given; its output is shown only if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=folder)

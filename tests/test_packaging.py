@@ -29,7 +29,7 @@ PACKAGE = SRC / "sparseport"
 FLOORS = (
     {"errors", "figures", "layout", "machine", "offline"},
     {"extras"},
-    {"child", "progress", "publish"},
+    {"child", "progress", "publish", "ray_cluster"},
     {"strict", "weights"},
     {"search_recipe", "training_recipe"},
     {"recipe"},

@@ -97,21 +97,21 @@ def _identity(table: Table, row: Row, preset: Preset, data: Path) -> str:
     """What decides a row's figures: its job, its sub-network, how much is trained and measured, and the data."""
     content = {
         "version": __version__,
-        "job": table.jobs[row.group],
+        "job": _job(table, row.group, preset),
         "sub_adapter": row.sub_adapter,
-        "preset": vars(preset),
+        "test_items": preset.test_items,
         "task": task_facts(table.task, data),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _job_file(table: Table, group: str, preset: Preset, work: Path, data: Path) -> Path:
+def _job(table: Table, group: str, preset: Preset) -> dict[str, Any]:
+    """The recipe of a group, but for where the data lies."""
     job = {name: dict(section) for name, section in table.jobs[group].items()}
     if "finetune" in job:
         job["finetune"] |= {
             "task": table.task,
-            "data": str(data),
-            "steps": preset.steps,
+            "steps": preset.steps * table.longer,
             "batch_size": preset.batch_size,
             "test_items": preset.test_items,
         }
@@ -120,6 +120,13 @@ def _job_file(table: Table, group: str, preset: Preset, work: Path, data: Path) 
     elastic = job.get("finetune", {}).get("nls", True) and "finetune" in job
     chosen = {"target": ["openvino", "onnx"], "sub_adapter": "heuristic" if elastic else "maximal"}
     job["export"] = {**chosen, **job.get("export", {})}
+    return job
+
+
+def _job_file(table: Table, group: str, preset: Preset, work: Path, data: Path) -> Path:
+    job = _job(table, group, preset)
+    if "finetune" in job:
+        job["finetune"]["data"] = str(data)
     file = work / f"{group}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(yaml.safe_dump(job, sort_keys=False), encoding="utf-8")

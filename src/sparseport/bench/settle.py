@@ -28,8 +28,8 @@ CONFIG = "openvino_config.json"
 IN_THE_IR = ("DYNAMIC_QUANTIZATION_GROUP_SIZE", "KV_CACHE_PRECISION")
 """Properties that OpenVINO's CPU plugin takes from an IR unless the application sets them."""
 
-# The last rt_info of an IR is the model's; those before it are of single operations.
-_MODEL_INFO = re.compile(r"\n\t<rt_info>\n(?=(?:(?!<rt_info>).)*\Z)", re.DOTALL)
+# Where the information about the model as a whole ends, which comes last in an IR.
+_MODEL_INFO_END = "\t</rt_info>\n</net>\n"
 _OPTIONS = re.compile(r"\t\t<runtime_options>\n(.*?)\t\t</runtime_options>\n", re.DOTALL)
 _OPTION = re.compile(r'\t\t\t<(\w+) value="([^"]*)" />\n')
 
@@ -94,13 +94,15 @@ def with_runtime_options(xml: str, options: dict[str, str], where: object) -> st
     Raises:
         BadInput: the text has no information about the model to put them into.
     """
-    text = _OPTIONS.sub("", xml)
-    found = _MODEL_INFO.search(text)
-    if found is None:
-        raise BadInput("the IR has no rt_info of its model", where=where)
-    lines = "".join(f"\t\t\t<{name} value={quoteattr(value)} />\n" for name, value in sorted(options.items()))
+    lines = "".join(f"\t\t\t<{name} value={quoteattr(value)} />\n" for name, value in options.items())
     section = f"\t\t<runtime_options>\n{lines}\t\t</runtime_options>\n" if options else ""
-    return text[: found.end()] + section + text[found.end() :]
+    place = _OPTIONS.search(xml)
+    if place is not None:
+        return xml[: place.start()] + section + xml[place.end() :]
+    head, end, tail = xml.rpartition(_MODEL_INFO_END)
+    if not end:
+        raise BadInput("the IR has no rt_info of its model", where=where)
+    return head + section + end + tail
 
 
 def taken_properties(folder: str, names: list[str]) -> dict[str, Any]:

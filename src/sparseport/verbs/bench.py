@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from sparseport.progress import Progress
 NAME = "bench"
 HELP = "Measure folders on this machine: speed, memory, load time; a fresh process each time, in interleaved rounds."
 EXAMPLE = "sparseport bench out --rounds 5 --output bench.json"
+_WIDE = 180
 
 
 def add_bench(verb: argparse.ArgumentParser) -> None:
@@ -36,6 +38,9 @@ def add_bench(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--no-bandwidth", action="store_true", help="do not measure how fast memory is read")
     verb.add_argument("--output", type=Path, metavar="FILE", help="write the result as JSON")
     verb.add_argument("--overwrite", action="store_true", help="replace FILE")
+    verb.add_argument(
+        "--fleet", action="store_true", help="on every machine of the Ray cluster that RAY_ADDRESS names, in one table"
+    )
     swept = verb.add_argument_group("find the fastest settings of exported folders on this machine")
     swept.add_argument("--sweep", action="store_true", help="try runtime settings, each with its drift")
     swept.add_argument("--kl", type=float, default=0.02, metavar="NATS", help="drift allowed: mean KL (default 0.02)")
@@ -66,10 +71,12 @@ def run_bench(options: argparse.Namespace) -> int:
     refuse_existing(options.output, options.overwrite)
     asked = Asked(options.prompt, options.tokens, options.rounds, options.warm_up, options.threads, cores(options.pin))
     progress = Progress("quiet" if options.quiet else "auto")
+    _refuse_options(options)
     if options.sweep:
         result = _swept(options, asked, progress)
+    elif options.fleet:
+        result = _fleet(options, asked, progress)
     else:
-        _refuse_sweep_options(options)
         result = bench(
             options.paths,
             engines=options.engine,
@@ -83,6 +90,8 @@ def run_bench(options: argparse.Namespace) -> int:
         write_result(options.output, result)
     if options.json:
         print(json.dumps(result, indent=2))
+    elif options.fleet:
+        show_fleet(result)
     else:
         show_bench(result)
     return 0
@@ -92,9 +101,6 @@ def _swept(options: argparse.Namespace, asked: Any, progress: Progress) -> dict[
     from sparseport.bench.sweep import Budget
     from sparseport.bench.sweeping import sweep_folders
 
-    for name in ("engine", "device", "no_bandwidth"):
-        if getattr(options, name):
-            raise UsageError("a sweep takes the engine that applications use, on the CPU", found=f"--{name}")
     return sweep_folders(
         options.paths,
         Budget(options.kl, options.top1),
@@ -108,9 +114,27 @@ def _swept(options: argparse.Namespace, asked: Any, progress: Progress) -> dict[
     )
 
 
-def _refuse_sweep_options(options: argparse.Namespace) -> None:
-    if options.write or options.text:
+def _fleet(options: argparse.Namespace, asked: Any, progress: Progress) -> dict[str, Any]:
+    from sparseport.bench.fleet import bench_fleet
+
+    return bench_fleet(
+        options.paths, engines=options.engine, asked=asked, bandwidth=not options.no_bandwidth, progress=progress
+    )
+
+
+def _refuse_options(options: argparse.Namespace) -> None:
+    """Refuse what would be ignored.
+
+    Raises:
+        UsageError: names the option.
+    """
+    given = {name for name, value in vars(options).items() if value}
+    if not options.sweep and given & {"write", "text", "no_numerics"}:
         raise UsageError("only a sweep has settings to write and a drift to measure", fix="add --sweep")
+    for mode, alien in (("sweep", {"engine", "device", "no_bandwidth", "fleet"}), ("fleet", {"device", "peers"})):
+        if mode in given and given & alien:
+            name = sorted(given & alien)[0].replace("_", "-")
+            raise UsageError(f"--{mode} does not go with this option", found=f"--{name}")
 
 
 def cores(text: str | None) -> tuple[int, ...] | None:
@@ -156,41 +180,16 @@ def write_result(output: Path, result: dict[str, Any]) -> None:
 
 
 def show_bench(result: dict[str, Any]) -> None:
-    """Print a result as a table, and what was missing."""
-    from rich.console import Console
-    from rich.table import Table
-
+    """Print a result as a table, and what was missing; of a sweep also what it chose."""
     from sparseport.show import printable
 
-    console = Console(emoji=False)
-    machine, asked = result["machine"], result["asked"]
+    console, machine, asked = _console(), result["machine"], result["asked"]
     console.print(
         f"{printable(machine['processor'])}, {machine['cores']} cores; load before {machine['load_before']}, "
         f"after {machine['load_after']}; prompt of {asked['prompt']} tokens, {asked['tokens']} generated, "
         f"{asked['rounds']} rounds"
     )
-    table = Table("row", "decode ms/token", "tok/s", "ratio", f"first token ms ({asked['prompt']})", "ratio")
-    for name in ("load s", "peak MiB", "size MiB", "of limit"):
-        table.add_column(name)
-    if any(row["energy_j"] for row in result["rows"]):
-        table.add_column("J/token")
-    for row in result["rows"]:
-        cells = [
-            printable(row["label"]),
-            ranged(row["decode_ms"]),
-            f"{row['decode_tokens_s']['median']:.1f}",
-            f"{row['ratio']['decode']:.2f}",
-            ranged(row["first_token_ms"]),
-            f"{row['ratio']['first_token']:.2f}",
-            f"{row['load_s']['median']:.1f}",
-            "" if row["peak_mib"] is None else f"{row['peak_mib']['median']:.0f}",
-            f"{row['size_bytes'] / 2**20:.0f}",
-            "" if row["limit"] is None else f"{row['limit']['reached']:.0%}",
-        ]
-        if len(table.columns) > len(cells):
-            cells.append("" if row["energy_j"] is None else f"{row['energy_j']['median']:.2f}")
-        table.add_row(*cells)
-    console.print(table)
+    console.print(_table([(row["label"], row) for row in result["rows"]]))
     bandwidth = machine["bandwidth_gb_s"]
     if bandwidth:
         console.print(f"memory is read at {ranged(bandwidth)} GB/s; a token reads every weight once")
@@ -203,6 +202,65 @@ def show_bench(result: dict[str, Any]) -> None:
             console.print(f"no {device['name']}: {device['why']}")
     for missing in result["missing"]:
         console.print(f"without {missing['engine']}: {missing['why']}; {missing['fix']}", markup=False)
+    for found in result.get("sweeps", ()):
+        settings = ", ".join(f"{name}={value}" for name, value in found["settings"].items())
+        chosen = (settings or "its engine's own settings") if found["within"] else "no settings within the budget"
+        written = "; written into the folder" if found["written"] else ""
+        console.print(f"{printable(found['model'])}: {printable(chosen)}{written}", soft_wrap=True)
+    if result.get("chosen"):
+        console.print(f"fastest within the budget: {printable(result['chosen'])}", soft_wrap=True)
+
+
+def show_fleet(result: dict[str, Any]) -> None:
+    """Print one table of all machines."""
+    from sparseport.show import printable
+
+    console = _console()
+    rows = []
+    for one in result["machines"]:
+        machine = one["result"]["machine"]
+        console.print(f"{one['name']}: {printable(machine['processor'])}, {machine['cores']} cores")
+        rows += [(f"{one['name']}: {row['label']}", row) for row in one["result"]["rows"]]
+    console.print(_table(rows))
+    for lost in result["lost"]:
+        console.print(f"[red]lost[/red]: {lost['name']}: {printable(lost['why'])}", soft_wrap=True)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    console = Console(emoji=False)
+    if not console.is_terminal:
+        console.width = max(console.width, _WIDE)  # a file has room for whole labels
+    return console
+
+
+def _table(rows: list[tuple[str, dict[str, Any]]]) -> Any:
+    """Labelled rows; columns that no row has a figure for are left out."""
+    from rich.table import Table
+
+    from sparseport.show import printable
+
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "decode ms/token": lambda row: ranged(row["decode_ms"]),
+        "tok/s": lambda row: f"{row['decode_tokens_s']['median']:.1f}",
+        "ratio": lambda row: f"{row['ratio']['decode']:.2f}",
+        "first token ms": lambda row: ranged(row["first_token_ms"]),
+        "ratio ": lambda row: f"{row['ratio']['first_token']:.2f}",
+        "load s": lambda row: f"{row['load_s']['median']:.1f}",
+        "peak MiB": lambda row: "" if row["peak_mib"] is None else f"{row['peak_mib']['median']:.0f}",
+        "size MiB": lambda row: f"{row['size_bytes'] / 2**20:.0f}",
+        "of limit": lambda row: "" if row["limit"] is None else f"{row['limit']['reached']:.0%}",
+        "J/token": lambda row: "" if row["energy_j"] is None else f"{row['energy_j']['median']:.2f}",
+        "KL": lambda row: "" if row["drift"] is None else f"{row['drift']['kl']:.1e}",
+        "top-1": lambda row: "" if row["drift"] is None else f"{row['drift']['top1']:.1%}",
+    }
+    cells = {name: [cell(row) for _, row in rows] for name, cell in columns.items()}
+    shown = [name for name in columns if any(cells[name])]
+    table = Table("row", *(name.strip() for name in shown))
+    for number, (label, _) in enumerate(rows):
+        table.add_row(printable(label), *(cells[name][number] for name in shown))
+    return table
 
 
 def ranged(figure: dict[str, Any]) -> str:
