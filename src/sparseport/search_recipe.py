@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from sparseport.strict import Strict
 
-SearchObjective = Literal["accuracy", "acceptance", "speculation", "macs", "parameters", "latency"]
+SearchObjective = Literal["acceptance", "speculation", "accuracy", "macs", "parameters", "latency"]
 # What a search is about, and comes first; those but the first are about a draft for another network.
 QUALITIES = ("accuracy", "acceptance", "speculation")
 # Measured on exported folders, which others must not slow down.
@@ -90,8 +90,8 @@ class SearchRecipe(Strict):
         first, *costs = self.objectives
         if first not in QUALITIES or set(costs) & set(QUALITIES) or len(set(costs)) != len(costs):
             raise ValueError(
-                "objectives are accuracy (for a draft acceptance or speculation) and then macs, parameters or latency, "
-                "each once"
+                "objectives are accuracy and then macs, parameters or latency, each once; a search for a draft has "
+                "acceptance or speculation in the place of accuracy"
             )
         for name, owners in (("answer_tokens", QUALITIES[1:]), ("assistant_tokens", QUALITIES[2:])):
             if getattr(self, name) != type(self).model_fields[name].default and first not in owners:

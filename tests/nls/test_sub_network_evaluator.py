@@ -258,10 +258,10 @@ def test_a_latency_follows_the_machine_and_an_accuracy_does_not(
 ) -> None:
     timed = replace(setup, search=_search(objectives=["accuracy", "latency"]))
     before, timed_before = setup.digest(), timed.digest()
-    facts = sub_networks.machine()
+    facts = sub_networks.processor()
     assert facts["processor"] and facts["cores"] >= 1
     for change in ({"processor": "another"}, {"cores": 999}):
-        monkeypatch.setattr(sub_networks, "machine", lambda change=change: {**facts, **change})
+        monkeypatch.setattr(sub_networks, "processor", lambda change=change: {**facts, **change})
         assert timed.digest() != timed_before and setup.digest() == before
         monkeypatch.undo()
     for name, differs in (("openvino", True), ("onnxruntime", False)):
