@@ -55,8 +55,8 @@ class Tally:
     different: list[dict[str, Any]] = field(default_factory=list)
     proposed: int = 0
     accepted: int = 0
-    tokens: int = 0
     steps: int = 0
+    stepped: int = 0
     plain_ms: list[float] = field(default_factory=list)
     draft_ms: list[float] = field(default_factory=list)
 
@@ -65,7 +65,7 @@ class Tally:
         self.identical += different is None
         self.different += [] if different is None else [different]
         self.proposed, self.accepted = self.proposed + drafted.proposed, self.accepted + drafted.accepted
-        self.tokens, self.steps = self.tokens + len(drafted.tokens), self.steps + drafted.steps
+        self.steps, self.stepped = self.steps + drafted.steps, self.stepped + drafted.stepped
         self.plain_ms.append(plain.decode_ms)
         self.draft_ms.append(drafted.decode_ms)
 
@@ -77,7 +77,8 @@ class Tally:
             "proposed": self.proposed,
             "accepted": self.accepted,
             "accepted_share": self.accepted / self.proposed if self.proposed else None,
-            "tokens_per_step": self.tokens / self.steps,
+            "steps": self.steps,
+            "tokens_per_step": self.stepped / self.steps if self.steps else None,
             "plain_ms": summary(self.plain_ms),
             "draft_ms": summary(self.draft_ms),
             "speed_up": sum(self.plain_ms) / sum(self.draft_ms),
@@ -205,8 +206,7 @@ def compared(
             row[kind] = {
                 **tallies[k, kind].as_dict(),
                 "agreement": a,
-                "replayed_accepted_share": replayed.accepted / replayed.proposed if replayed.proposed else None,
-                "replayed_tokens_per_step": replayed.tokens / replayed.rounds,
+                "replayed": vars(replayed),
                 "replayed_speed_up": replayed_speed_up(own, k, c, v),
                 "formula_speed_up": speed_up(a, k, c, v),
             }
@@ -227,16 +227,18 @@ def difference(folder: Path, number: int, prompt: list[int], plain: Generated, d
 
 
 def rows_table(rows: list[dict[str, Any]]) -> str:
-    head = ["draft", "settings", "k", "prompts", "same tokens", "agreement", "accepted of proposed", "tokens a step"]
-    head += ["speed-up", "replayed", "formula"]
+    head = ["draft", "settings", "k", "prompts", "same tokens", "agreement", "accepted of proposed"]
+    head += ["steps / replayed", "tokens a step", "speed-up", "replayed", "formula"]
     lines = []
     for row in rows:
         for kind in ("task", "text"):
             one = row[kind]
             share = "-" if one["accepted_share"] is None else f"{one['accepted_share']:.0%}"
             line = [row["draft"], row["settings"], str(row["k"]), kind, f"{one['identical']} of {one['prompts']}"]
-            line += [f"{one['agreement']:.0%}", share, f"{one['tokens_per_step']:.2f}", f"{one['speed_up']:.2f}x"]
-            lines.append([*line, f"{one['replayed_speed_up']:.2f}x", f"{one['formula_speed_up']:.2f}x"])
+            line += [f"{one['agreement']:.0%}", share, f"{one['steps']} / {one['replayed']['rounds']}"]
+            line += ["-" if one["tokens_per_step"] is None else f"{one['tokens_per_step']:.2f}"]
+            speeds = (one[name] for name in ("speed_up", "replayed_speed_up", "formula_speed_up"))
+            lines.append([*line, *(f"{speed:.2f}x" for speed in speeds)])
     return common.table(head, lines)
 
 

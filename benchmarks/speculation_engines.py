@@ -19,10 +19,11 @@ class Generated:
     """An answer.
 
     tokens     new tokens
-    decode_ms  milliseconds after the first token
-    proposed   tokens that the draft said
+    decode_ms  milliseconds after the prompt was read
+    proposed   tokens that the draft said, as the runtime counts them: OpenVINO GenAI leaves out the last round
     accepted   those that were kept
-    steps      steps of the main network, the one that reads the prompt included
+    steps      steps of the main network after the prompt
+    stepped    tokens that these steps gave
     """
 
     tokens: list[int]
@@ -30,6 +31,7 @@ class Generated:
     proposed: int = 0
     accepted: int = 0
     steps: int = 0
+    stepped: int = 0
 
 
 class Engine(Protocol):
@@ -75,10 +77,11 @@ class OpenVino:
         found, times = list(answer.tokens[0]), answer.perf_metrics
         decode_ms = float(times.get_generate_duration().mean - times.get_ttft().mean)
         if not assistant:
-            return Generated(found, decode_ms, steps=len(found))
+            return Generated(found, decode_ms)
         counts = answer.extended_perf_metrics
         proposed, accepted = counts.get_num_draft_tokens(), counts.get_num_accepted_tokens()
-        return Generated(found, decode_ms, proposed, accepted, len(counts.main_model_metrics.raw_metrics.m_durations))
+        steps = len(counts.main_model_metrics.raw_metrics.m_durations) - 1
+        return Generated(found, decode_ms, proposed, accepted, steps, len(found) - 1)
 
 
 class Onnx:
@@ -106,18 +109,16 @@ class Onnx:
             parameters.set_speculative_options(max_draft_tokens=assistant)
         generator = genai.Generator(model, parameters)
         generator.append_tokens(prompt)
-        started = None
+        started = time.perf_counter()
         while not generator.is_done():
             generator.generate_next_token()
-            started = time.perf_counter() if started is None else started
-        ended = time.perf_counter()
+        decode_ms = (time.perf_counter() - started) * 1e3
         found = [int(token) for token in generator.get_sequence(0)[len(prompt) :]]
-        decode_ms = (ended - (started or ended)) * 1e3
         if not assistant:
-            return Generated(found, decode_ms, steps=len(found))
+            return Generated(found, decode_ms)
         stats = generator.get_speculative_stats()
         counts = [int(stats[f"draft_tokens_{name}"]) for name in ("proposed", "accepted")]
-        return Generated(found, decode_ms, *counts, int(stats["target_verify_forward_passes"]))
+        return Generated(found, decode_ms, *counts, int(stats["target_verify_forward_passes"]), len(found))
 
 
 ENGINES: dict[str, Callable[[Path, Path, str], Engine]] = {"openvino": OpenVino, "onnx": Onnx}

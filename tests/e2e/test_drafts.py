@@ -16,12 +16,15 @@ from sparseport import further
 from sparseport.cli import main
 from sparseport.errors import BadInput, Unsupported, UsageError
 from sparseport.inspection import inspect
+from sparseport.nls.drafting import agreements_of
+from sparseport.nls.speculation import Rounds, replay
 from sparseport.pipeline import ExportResult, export, plan
 from sparseport.recipe import Recipe, make_recipe
 from sparseport.verify.certificate import Certificate, exported_folders
 from sparseport.verify.folder import verify
 from sparseport.verify.pairs import differences_between
 from sparseport.verify.runs import OPENVINO_FULL_PRECISION
+from sparseport.verify.sessions import OpenVinoSession
 
 pytest.importorskip("openvino_genai")
 pytest.importorskip("onnxruntime_genai")
@@ -226,8 +229,8 @@ def test_a_draft_in_the_place_of_a_main_network_is_found(copy: Path) -> None:
 # --- the same tokens ------------------------------------------------------------------------------------------------
 
 
-def _openvino(folder: Path, drafts: Path | None, assistant: int) -> tuple[list[list[int]], list[tuple[int, int]]]:
-    """Tokens of each prompt, and (proposed, accepted) of each."""
+def _openvino(folder: Path, drafts: Path | None, assistant: int) -> tuple[list[list[int]], list[Rounds]]:
+    """Tokens of each prompt, and what GenAI counts of each: it leaves the last round out of proposed and accepted."""
     import openvino as ov
     import openvino_genai as genai
 
@@ -245,21 +248,35 @@ def _openvino(folder: Path, drafts: Path | None, assistant: int) -> tuple[list[l
         tokens.append(list(answer.tokens[0]))
         if drafts is not None:
             found = answer.extended_perf_metrics
-            counts.append((found.get_num_draft_tokens(), found.get_num_accepted_tokens()))
+            steps = len(found.main_model_metrics.raw_metrics.m_durations) - 1  # without that which reads the prompt
+            own = found.get_num_draft_tokens(), found.get_num_accepted_tokens()
+            counts.append(Rounds(steps, len(tokens[-1]) - 1, *own))
     return tokens, counts
+
+
+def _replayed(draft: Path, answers: list[list[int]], k: int) -> list[Rounds]:
+    """What to expect of each prompt, from what the draft says in each place of the answers."""
+    import openvino as ov
+
+    compiled = ov.Core().compile_model(str(draft / "openvino_model.xml"), "CPU", OPENVINO_FULL_PRECISION)
+    rows = agreements_of(OpenVinoSession(compiled), PROMPTS, answers)
+    return [replay([row], k) for row in rows]
 
 
 def test_openvino_writes_the_same_tokens_with_and_without_a_draft(pair: ExportResult) -> None:
     folder = pair.folder
     alone, _ = _openvino(folder / "openvino", None, 0)
     assert [len(tokens) for tokens in alone] == [TOKENS] * len(PROMPTS)
-    for assistant in (1, 3):
-        tokens, counts = _openvino(folder / "openvino", folder / "openvino-draft", assistant)
+    assert not any(0 in tokens for tokens in alone), "a draft stops at an end token, which is another story"
+    for draft in ("openvino-draft", "openvino"):
+        tokens, counts = _openvino(folder / "openvino", folder / draft, 3)
         assert tokens == alone
-        assert all(proposed > 0 and 0 <= accepted < proposed for proposed, accepted in counts)
-    # A network that drafts for itself is always right.
-    tokens, counts = _openvino(folder / "openvino", folder / "openvino", 3)
-    assert tokens == alone and all(proposed == accepted > 0 for proposed, accepted in counts)
+        for found, whole in zip(counts, _replayed(folder / draft, alone, 3), strict=True):
+            assert (found.rounds, found.tokens) == (whole.rounds, whole.tokens)
+            assert whole.proposed - 3 <= found.proposed <= whole.proposed
+            assert whole.accepted - 3 <= found.accepted <= whole.accepted
+            # A network that drafts for itself is always right, another one is not.
+            assert (found.proposed == found.accepted > 0) == (draft == "openvino")
     wrong, _ = _openvino(folder / "openvino-draft", None, 0)
     assert wrong != alone, "the draft is another network"
 

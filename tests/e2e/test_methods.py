@@ -117,6 +117,10 @@ def test_finished_steps_are_kept(tiny_base: Path, tmp_path: Path, task: str) -> 
         ("lora", "sparsify={}", "nothing would use the sparse one"),
         ("hill_climbing", "search=null", "section 'search'"),
         ("lora", "model=null", "give --base DIR"),
+        ("lonas", "export.draft=searched", "section 'search'"),
+        ("draft", "export.sub_adapter=searched", "does not choose export.sub_adapter"),
+        ("nsga2", "export.draft=searched", "does not choose export.draft"),
+        ("lora", "export.draft=minimal", "no search space to choose from"),
     ],
 )
 def test_jobs_whose_sections_do_not_fit_are_refused(name: str, change: str, message: str, tmp_path: Path) -> None:
