@@ -22,7 +22,9 @@ _TOKENIZER = (*TOKENIZER_FILES, "openvino_tokenizer.bin", "openvino_detokenizer.
 
 
 def differences_between(verdicts: list[Verdict]) -> list[str]:
-    """What is wrong between the folders of one export; empty for a folder alone that is no draft's main network."""
+    """What is wrong between the folders of one export; a folder alone, a draft's too, has nothing to fit to."""
+    if len(verdicts) < 2:
+        return []
     drafts = [verdict for verdict in verdicts if verdict.folder.name in DRAFTS]
     mains = [verdict for verdict in verdicts if verdict.folder.name not in DRAFTS]
     differences = unequal_weights(mains) + [f"drafts: {one}" for one in unequal_weights(drafts)]
