@@ -27,7 +27,7 @@ PACKAGE = SRC / "sparseport"
 
 # Lowest first. A package imports only from floors below its own, and from itself.
 FLOORS = (
-    {"errors", "figures", "machine", "offline"},
+    {"errors", "figures", "layout", "machine", "offline"},
     {"extras"},
     {"child", "progress", "publish", "ray_cluster"},
     {"strict", "weights"},
@@ -41,7 +41,7 @@ FLOORS = (
     {"branches", "cuts", "fitting"},
     {"further"},
     {"plan"},
-    {"merging", "evidence"},
+    {"evidence", "merging", "networks"},
     {"compress"},
     {"inspection", "pipeline", "nls", "transit"},
     {"job", "report"},

@@ -151,8 +151,9 @@ def _add_verify(verbs: Any) -> None:
 def _run_verify(options: argparse.Namespace) -> int:
     from sparseport.show import show_verdicts
     from sparseport.verify.certificate import exported_folders
-    from sparseport.verify.folder import Verdict, require_all, strangers, unequal_weights, verify
+    from sparseport.verify.folder import Verdict, require_all, strangers, verify
     from sparseport.verify.judge import check_numerics
+    from sparseport.verify.pairs import differences_between
 
     folders = exported_folders(options.folder)
     several = folders != [options.folder]
@@ -173,7 +174,7 @@ def _run_verify(options: argparse.Namespace) -> int:
                 certificate = verdict.certificate
                 adapters = sorted(certificate.adapters)
                 numerics[-1] = check_numerics(folder, certificate.target, certificate.portable, adapters)
-    unequal = unequal_weights(verdicts)
+    unequal = differences_between(verdicts)
     if several and not options.ignore_extra:
         unequal += strangers(options.folder, folders)
     results = [

@@ -21,6 +21,8 @@ from sparseport.weights.mask import sparsity
 Facts = dict[str, dict[str, Any]]
 # Fields of a recipe that are places on somebody's machine.
 _PATHS = ("base", "sparse_base", "adapter", "search_space", "output")
+# Fields that say what else is exported in the same run.
+_BESIDE = ("draft", "draft_compress", "overwrite")
 
 
 def linear_facts(layer: LayerPlan, merged: Merged, sources: Sources, recipe: Recipe) -> dict[str, Any]:
@@ -122,10 +124,11 @@ def totals(linears: Facts) -> dict[str, Any]:
 def recipe_facts(recipe: Recipe, target: str) -> dict[str, Any]:
     """What one target's folder owes to the recipe, without paths and without real numbers.
 
-    The same folder comes out whether its target was exported alone or beside another one, so the other is not named.
+    The same folder comes out whether its target was exported alone or beside another one, or beside a draft, so the
+    others are not named.
     """
     other = "compress" if target == "onnx" else "onnx"
-    data = recipe.model_dump(mode="json", exclude={*_PATHS, "overwrite", other})
+    data = recipe.model_dump(mode="json", exclude={*_PATHS, *_BESIDE, other})
     data["target"] = [target]
     if "compress" in data:
         data["compress"] = {

@@ -82,6 +82,12 @@ def add_adapter(
     for part in parts:
         require(verify(part))
         certificate = Certificate.read(part)
+        if certificate.draft is not None:
+            raise Unsupported(
+                "an adapter that the runtime switches changes the main network and not its draft",
+                where=part,
+                fix="export the base without --draft",
+            )
         require_packages([certificate.target])
         if (part / f"{name}{SUFFIXES[certificate.target]}").exists():
             raise OutputExists("the folder has such an adapter", where=part, found=name, fix="give another name")

@@ -14,14 +14,14 @@ import numpy as np
 
 from sparseport.branches import branch_notes, hand_over, take_adapter
 from sparseport.compress import compress_folder
-from sparseport.cuts import require_same_class
-from sparseport.errors import SparseportError
 from sparseport.evidence import Facts, for_target, linear_facts, recipe_facts, revived_note, totals
 from sparseport.extras import require_packages
+from sparseport.layout import folder_name
 from sparseport.merging import merge_planned
 from sparseport.model_card.origin import Origin, origin_of
 from sparseport.model_card.writing import with_card
-from sparseport.plan import Plan, make_plan, require_exportable
+from sparseport.networks import Network, Notes, networks_of
+from sparseport.plan import Plan, require_exportable
 from sparseport.progress import Progress
 from sparseport.publish import check_space, staged_output
 from sparseport.recipe import Recipe, Target
@@ -32,6 +32,7 @@ from sparseport.verify.adapters import require_adapters
 from sparseport.verify.bits import require_read_back
 from sparseport.verify.certificate import SCHEMA, Certificate, certified_folders, file_facts
 from sparseport.verify.judge import check_numerics
+from sparseport.verify.pairs import require_paired
 from sparseport.weights.digest import value_digest
 from sparseport.weights.linear import Array
 
@@ -43,6 +44,11 @@ class TargetExport:
     target: Target
     folder: Path
     certificate: Certificate
+
+    @property
+    def name(self) -> str:
+        """`openvino`, or `openvino-draft`."""
+        return folder_name(self.target, draft=self.certificate.draft is not None)
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ class ExportResult:
 
     @property
     def certificate(self) -> Certificate:
-        """The certificate of the first target; all certify the same weights."""
+        """The certificate of the first target; all but drafts' certify the same weights."""
         return self.exports[0].certificate
 
     def as_dict(self) -> dict[str, Any]:
@@ -72,6 +78,7 @@ class ExportResult:
             "exports": [
                 {
                     "target": export.target,
+                    "draft": export.certificate.draft is not None,
                     "folder": str(export.folder),
                     "numerics": export.certificate.body["numerics"],
                 }
@@ -93,13 +100,15 @@ def plan(recipe: Recipe) -> Plan:
         SparseportError: an input cannot be opened or does not fit the others.
     """
     with open_sources(recipe) as sources:
-        return _planned(recipe, sources)
+        main, *drafts = networks_of(recipe, sources)
+        return replace(main.layers, draft=drafts[0].layers) if drafts else main.layers
 
 
 def export(recipe: Recipe, progress: Progress | None = None) -> ExportResult:
     """Export a fine-tuned model; the output folder appears whole, proven and certified, or not at all.
 
-    One target fills the output folder itself; several have a folder each in it, made from one merge.
+    One target fills the output folder itself; several have a folder each in it, made from one merge. With a draft each
+    target has two folders, that of the main network, which is the same as without a draft, and that of the draft.
 
     Args:
         recipe: what to export and how.
@@ -114,42 +123,30 @@ def export(recipe: Recipe, progress: Progress | None = None) -> ExportResult:
     progress = progress or Progress("quiet")
     require_packages(recipe.target)
     with open_sources(recipe) as sources:
-        layers = _planned(recipe, sources)
-        require_exportable(layers)
-        for note in layers.notes:
-            progress.note(note)
-        told = len(layers.notes)
-        check_space(recipe.output, layers.output_bytes + layers.scratch_bytes)
+        networks = networks_of(recipe, sources)
+        for network in networks:
+            require_exportable(network.layers)
+        notes = Notes(progress)
+        for network in networks:
+            notes.tell(network)
+        check_space(recipe.output, sum(one.layers.output_bytes + one.layers.scratch_bytes for one in networks))
         with staged_output(
             recipe.output, recipe.overwrite, ours=lambda folder: bool(certified_folders(folder))
         ) as stage:
-            certificates = _export(recipe, sources, layers, stage, progress)
-            for note in layers.notes[told:]:
-                progress.note(note)
-            for target, certificate in certificates.items():
-                certificate.write(recipe.folder_of(target, stage))
-    exports = [
-        TargetExport(target, recipe.folder_of(target, recipe.output), certificate)
-        for target, certificate in certificates.items()
-    ]
-    return ExportResult(recipe.output, exports, layers.notes)
+            exports: list[TargetExport] = []
+            for network in networks:
+                for target, certificate in _export(network, stage, progress).items():
+                    certificate.write(network.folder(target, stage))
+                    exports.append(TargetExport(target, network.folder(target, recipe.output), certificate))
+                notes.tell(network)
+            if len(networks) > 1:
+                require_paired({stage / export.name: export.certificate for export in exports})
+    return ExportResult(recipe.output, exports, notes.told)
 
 
-def _planned(recipe: Recipe, sources: Sources) -> Plan:
-    """The plan, after a look at what the model's class makes of the blocks that a sub-network keeps."""
-    layers = make_plan(recipe, sources)
-    if layers.problem is None:
-        try:
-            layers.notes.extend(require_same_class(sources))
-        except SparseportError as error:
-            return replace(layers, problem=error)
-    return layers
-
-
-def _export(
-    recipe: Recipe, sources: Sources, layers: Plan, stage: Path, progress: Progress
-) -> dict[Target, Certificate]:
-    folders = {target: recipe.folder_of(target, stage) for target in recipe.target}
+def _export(network: Network, stage: Path, progress: Progress) -> dict[Target, Certificate]:
+    recipe, sources, layers = network.recipe, network.sources, network.layers
+    folders = {target: network.folder(target, stage) for target in recipe.target}
     with tempfile.TemporaryDirectory(prefix="scratch-", dir=stage) as scratch_name:
         scratches = {target: Path(scratch_name) / target for target in recipe.target}
         small = sources.small_tensors()
@@ -160,7 +157,7 @@ def _export(
                 scratches[target].mkdir()
                 writer = _open_writer(target, recipe, sources, layers, folders[target], scratches[target], small)
                 writers[target] = stack.enter_context(writer)
-            with progress.task("merging layers", len(layers.layers)) as step:
+            with progress.task(network.step("merging layers"), len(layers.layers)) as step:
                 merged = _merge_all(recipe, sources, layers, writers, step)
             layers.notes.extend(revived_note(merged))
             linears = {target: for_target(merged, layers, target) for target in recipe.target}
@@ -174,7 +171,7 @@ def _export(
                 inputs |= {role: inputs.get(role, {}) | files for role, files in origin.files.items()}
                 layers.notes.extend(origin.notes)
             for target, writer in writers.items():
-                with progress.task(_step("building the graph", target, recipe)):
+                with progress.task(network.step("building the graph", target)):
                     writer.save()
                 _take_over(writer, linears[target], tensors[target])
                 notes = list(writer.notes)
@@ -199,8 +196,9 @@ def _export(
             "versions": {**writers[target].versions, "numpy": np.__version__},
         }
         facts = linears[target], tensors[target], writers[target].around, adapters[target]
-        proof = _prove(recipe, target, folders[target], *facts, progress)
-        certificate = Certificate({**body, **proof})
+        certificate = Certificate({**body, **_prove(network, target, folders[target], *facts, progress)})
+        if network.draft:
+            certificate.body["draft"] = {"super_network_sha256": certificate.super_network_sha256()}
         certificates[target] = with_card(certificate, folders[target]) if recipe.card else certificate
     return certificates
 
@@ -301,7 +299,7 @@ def _take_over(writer: TargetWriter, linears: Facts, tensors: Facts) -> None:
 
 
 def _prove(
-    recipe: Recipe,
+    network: Network,
     target: Target,
     folder: Path,
     linears: Facts,
@@ -315,14 +313,14 @@ def _prove(
     Raises:
         FidelityError: a weight is not the one that was merged, or the logits are not the model's.
     """
-    with progress.task(_step("reading back", target, recipe), len(linears)) as step:
+    with progress.task(network.step("reading back", target), len(linears)) as step:
         reader = open_reader(target, folder)
         require_read_back(reader, target, linears, tensors, around, step)
         require_adapters(reader, target, adapters)
     numerics: dict[str, Any] = {"run": False}
-    if recipe.numerics:
-        with progress.task(_step("comparing logits", target, recipe)):
-            numerics = check_numerics(folder, target, recipe.onnx.portable, sorted(adapters))
+    if network.recipe.numerics:
+        with progress.task(network.step("comparing logits", target)):
+            numerics = check_numerics(folder, target, network.recipe.onnx.portable, sorted(adapters))
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {
         "linears": linears,
@@ -333,10 +331,6 @@ def _prove(
         "numerics": numerics,
         "files": {path.relative_to(folder).as_posix(): file_facts(path) for path in files},
     }
-
-
-def _step(name: str, target: Target, recipe: Recipe) -> str:
-    return name if len(recipe.target) == 1 else f"{name} ({target})"
 
 
 def _dtype_label(recipe: Recipe, layers: Plan) -> str:

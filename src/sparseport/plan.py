@@ -92,6 +92,7 @@ class Plan:
     memory_mib           peak of the export without the logit check
     numerics_memory_mib  peak of the logit check; 0 if it will not run
     problem              why a target refuses the model, whatever its layers are, or None
+    draft                the plan of the draft that is exported beside it, or None
     """
 
     layers: list[LayerPlan]
@@ -102,6 +103,7 @@ class Plan:
     numerics_memory_mib: int
     notes: list[str] = field(default_factory=list)
     problem: SparseportError | None = None
+    draft: Plan | None = None
 
     @property
     def refusals(self) -> list[LayerPlan]:
@@ -127,6 +129,7 @@ class Plan:
             },
             "refused": len(self.refusals),
             "notes": self.notes,
+            **({} if self.draft is None else {"draft": self.draft.as_dict()}),
         }
 
 
@@ -238,6 +241,8 @@ def require_exportable(plan: Plan) -> None:
             fix="`--no-numerics` skips the comparison; the weights are proven all the same",
             code="E_MEM",
         )
+    if plan.draft is not None:
+        require_exportable(plan.draft)
 
 
 def available_memory_mib() -> int | None:

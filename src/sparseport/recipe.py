@@ -69,6 +69,11 @@ class Recipe(Strict):
     adapter: Path | None = Field(None, description="folder of the fine-tuned adapter, or an NNCF FQ_LORA checkpoint")
     sub_adapter: str = Field("maximal", description="maximal, heuristic, minimal, or a JSON file of ranks")
     search_space: Path | None = Field(None, description="file of the search space, where it is not beside the adapter")
+    draft: str | None = Field(
+        None,
+        description="a second sub-network, which drafts for the first in speculative decoding: named as sub_adapter is",
+    )
+    draft_compress: CompressionRecipe = CompressionRecipe()
     target: tuple[Target, ...] = Field(("openvino",), min_length=1, description="runtimes to export to")
     output: Path = Field(description="folder to write; appears whole or not at all")
     rounding: RoundingRule = Field(RoundingRule.SQFT, description="QA-SparsePEFT rounding: sqft or paper")
@@ -106,9 +111,20 @@ class Recipe(Strict):
             raise ValueError("a target is named twice")
         if "onnx" not in self.target and self.onnx != OnnxRecipe():
             raise ValueError("the onnx options need the target onnx; `--set onnx={}` drops those of a recipe file")
-        if "onnx" in self.target and self.compress.mode != "none":
+        if "onnx" in self.target and (self.compress.mode != "none" or self.draft_compress.mode != "none"):
             raise ValueError(
                 "compression is OpenVINO's; export to onnx in a run of its own, where floating-point layers stay so"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _draft_options_fit(self) -> Recipe:
+        if self.draft is None and self.draft_compress != CompressionRecipe():
+            raise ValueError("draft_compress is the draft's compression: give --draft as well")
+        if self.draft is not None and self.branches == "adapter":
+            raise ValueError(
+                "an adapter that the runtime switches changes the main network and not its draft: "
+                "leave --draft away, or give --branches graph"
             )
         return self
 
@@ -125,9 +141,27 @@ class Recipe(Strict):
             )
         return self
 
-    def folder_of(self, target: Target, output: Path) -> Path:
-        """Folder of a target: the output itself, or one of several in it."""
-        return output if len(self.target) == 1 else output / target
+    @property
+    def several(self) -> bool:
+        """Whether the output has a folder in it for each target and draft; if not, it is the one target's folder."""
+        return len(self.target) > 1 or self.draft is not None
+
+    def of_draft(self) -> Recipe:
+        """The export of the draft, as one of its own.
+
+        Raises:
+            UsageError: there is no draft.
+        """
+        if self.draft is None:
+            raise UsageError("the export has no draft", fix="set export.draft to maximal, heuristic, minimal or a file")
+        return self.model_copy(
+            update={
+                "sub_adapter": self.draft,
+                "compress": self.draft_compress,
+                "draft": None,
+                "draft_compress": CompressionRecipe(),
+            }
+        )
 
 
 class ModelSource(Strict):

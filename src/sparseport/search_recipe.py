@@ -8,7 +8,11 @@ from pydantic import Field, model_validator
 
 from sparseport.strict import Strict
 
-SearchObjective = Literal["accuracy", "macs", "parameters", "latency"]
+SearchObjective = Literal["acceptance", "speculation", "accuracy", "macs", "parameters", "latency"]
+# What a search is about, and comes first; those but the first are about a draft for another network.
+QUALITIES = ("accuracy", "acceptance", "speculation")
+# Measured on exported folders, which others must not slow down.
+TIMED = ("latency", "speculation")
 
 # Search settings that only some strategies or backends look at.
 _SEARCH_OPTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -32,7 +36,10 @@ class SearchRecipe(Strict):
         "hill_climbing", description="heuristics: the named sub-networks and the best of the training record only"
     )
     objectives: tuple[SearchObjective, ...] = Field(
-        ("accuracy", "macs"), min_length=1, description="accuracy, then costs in the order in which they count"
+        ("accuracy", "macs"),
+        min_length=1,
+        description="accuracy, then costs in the order in which they count; for a draft instead of accuracy "
+        "acceptance (share of the main network's tokens that it would say) or speculation (predicted speed-up)",
     )
     split: Literal["validation"] = Field(
         "validation", description="part of the task to measure on; a choice made on the test split would spoil it"
@@ -44,6 +51,8 @@ class SearchRecipe(Strict):
         "number_match, or for gsm8k strict_match (default) or flexible_extract",
     )
     tokens: int = Field(64, ge=1, description="prompt length that macs are counted for, each as macs per token")
+    answer_tokens: int = Field(32, ge=2, description="of each answer that a draft is compared with (acceptance)")
+    assistant_tokens: int = Field(5, ge=1, le=16, description="most tokens that a draft says at once (speculation)")
     seed: int = Field(0, ge=0)
     evaluations: int = Field(100, ge=3, description="at most so many sub-networks are measured")
     population: int = Field(20, ge=4, description="sub-networks in a generation (nsga2, rnsga2)")
@@ -78,8 +87,15 @@ class SearchRecipe(Strict):
                 raise ValueError(
                     f"{name} belongs to the {chooser} {' or '.join(owners)}, not to {getattr(self, chooser)}"
                 )
-        if self.objectives[0] != "accuracy" or len(set(self.objectives)) != len(self.objectives):
-            raise ValueError("objectives are accuracy and then macs, parameters or latency, each once")
+        first, *costs = self.objectives
+        if first not in QUALITIES or set(costs) & set(QUALITIES) or len(set(costs)) != len(costs):
+            raise ValueError(
+                "objectives are accuracy and then macs, parameters or latency, each once; a search for a draft has "
+                "acceptance or speculation in the place of accuracy"
+            )
+        for name, owners in (("answer_tokens", QUALITIES[1:]), ("assistant_tokens", QUALITIES[2:])):
+            if getattr(self, name) != type(self).model_fields[name].default and first not in owners:
+                raise ValueError(f"{name} belongs to the objective {' or '.join(owners)}, not to {first}")
         if self.strategy in ("nsga2", "rnsga2"):
             if len(self.objectives) < 2:
                 raise ValueError(f"{self.strategy} needs a second objective: macs, parameters or latency")
@@ -92,6 +108,11 @@ class SearchRecipe(Strict):
             raise ValueError(f"reference points and weights have one value per objective ({len(self.objectives)})")
         if self.backend == "local" and self.workers > 1:
             raise ValueError("more than one worker needs the backend processes or ray")
-        if "latency" in self.objectives and self.workers > 1:
-            raise ValueError("latency is measured by one worker; others beside it would slow it down")
+        if timed := [name for name in self.objectives if name in TIMED and self.workers > 1]:
+            raise ValueError(f"{timed[0]} is measured by one worker; others beside it would slow it down")
         return self
+
+    @property
+    def drafts(self) -> bool:
+        """Whether the search is for a draft."""
+        return self.objectives[0] != "accuracy"

@@ -41,9 +41,15 @@ def _print_command(console: Console, label: str, command: str) -> None:
 
 
 def show_plan(plan: Plan) -> None:
-    """Print a dry run: every layer, what would be refused, and the estimates."""
+    """Print a dry run: every layer, what would be refused, and the estimates; then the same for a draft."""
+    _show_plan(plan, "plan")
+    if plan.draft is not None:
+        _show_plan(plan.draft, "draft")
+
+
+def _show_plan(plan: Plan, title: str) -> None:
     console = _console()
-    table = Table(title="plan", title_justify="left")
+    table = Table(title=title, title_justify="left")
     targets = list(dict.fromkeys(target for layer in plan.layers for target in layer.stored))
     for name in ("layer", "rule", "rank", "shape", "source", *targets):
         table.add_column(name, overflow="fold")
@@ -81,7 +87,7 @@ def show_export(result: ExportResult) -> None:
         )
     for export in result.exports:
         if len(result.exports) > 1:
-            console.print(f"  [bold]{export.target}[/bold]")
+            console.print(f"  [bold]{export.name}[/bold]")
         equal, total = read_back(export.certificate)
         console.print(f"  read back from disk: {equal} of {total} layers equal")
         if export.certificate.body["numerics"]["run"]:

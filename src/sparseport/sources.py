@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +239,20 @@ def open_sources(recipe: Recipe) -> Sources:
     except BaseException:
         stack.close()
         raise
+
+
+def other_sub_network(sources: Sources, recipe: Recipe) -> Sources:
+    """The same open inputs with the sub-network that another recipe chooses; they stay open as long as the first.
+
+    Raises:
+        BadInput, Unsupported: see `open_sources`.
+    """
+    extra = {role: path for role, path in sources.extra_files.items() if role == "base"}
+    if sources.tuned is not None:
+        return replace(sources, ranks=nls_ranks(sources.tuned, recipe, extra), extra_files=extra, _stack=ExitStack())
+    selection = chosen_sub_network(sources.adapter, recipe, sources.linears, extra)
+    cut = _cut(selection, sources.linears)
+    return replace(sources, ranks=selection.ranks, cut=cut, extra_files=extra, _stack=ExitStack())
 
 
 def _cut(selection: Selection, linears: StoredLinears) -> SubNetwork | None:

@@ -11,7 +11,7 @@ import pytest
 
 from sparseport.errors import BadInput, UsageError
 from sparseport.nls import latency
-from sparseport.nls.latency import measure_latency
+from sparseport.nls.latency import measure_draft_costs, measure_latency
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,44 @@ def test_rounds_are_interleaved_and_times_add_up(folders: list[Path], monkeypatc
     assert fast["prefill_ms"]["5"]["samples"] == [11000.0, 11000.0]
     assert fast["decode_ms"]["5"]["median"] == 2500.0
     assert slow["decode_ms"]["5"]["median"] == 6500.0 and slow["decode_ms"]["5"]["ratio"] == 2.6
+
+
+def test_costs_of_a_draft_are_in_steps_of_the_main_network(
+    folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A main network whose steps take 4 s and half a second a token more, a draft that takes a second a token."""
+    log: list[Any] = []
+    spent = [0.0]
+
+    class Session:
+        def __init__(self, name: str, step: float, token: float) -> None:
+            self.name, self.step, self.token = name, step, token
+
+        def reset(self) -> None:
+            log.append((self.name, "reset"))
+
+        def read(self, tokens: Any) -> None:
+            log.append((self.name, len(tokens)))
+            spent[0] += self.step + self.token * len(tokens)
+
+    sessions = {folders[0]: Session("a", 3.5, 0.5), folders[1]: Session("b", 0.0, 1.0)}
+    monkeypatch.setattr(latency, "open_session", lambda folder, *_: (sessions[folder], {}))
+    steps: list[int] = []
+    result = measure_draft_costs(
+        folders[0], folders[1:], longest=2, prompt=5, repeats=2, rounds=2, warm_up=1,
+        clock=lambda: spent[0], on_step=lambda: steps.append(1),
+    )  # fmt: skip
+    assert log == [(name, what) for _ in range(3) for name in "ab" for what in ("reset", 5, 1, 2, 3, 1, 2, 3)]
+    assert len(steps) == 6 and json.loads(json.dumps(result)) == result
+    assert {tokens: found["samples"] for tokens, found in result["step_ms"].items()} == {
+        "1": [4000.0] * 2, "2": [4500.0] * 2, "3": [5000.0] * 2,
+    }  # fmt: skip
+    assert [found["ratio"] for found in result["step_ms"].values()] == [1.0, 1.125, 1.25]
+    assert [(one["path"], one["step_ms"]["ratio"]) for one in result["drafts"]] == [(str(folders[1]), 0.25)]
+    with pytest.raises(UsageError, match="1 or more"):
+        measure_draft_costs(folders[0], [], longest=0)
+    with pytest.raises(UsageError, match="so many tokens"):
+        measure_draft_costs(folders[0], [], prompt=250)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sparseport.inspection.report import Inspection, as_command, word
+from sparseport.layout import DRAFTS
 from sparseport.verify.certificate import Certificate
 
 
@@ -19,6 +20,8 @@ def inspect_export(path: Path) -> Inspection:
         "linear layers": f"{totals['linears']}, {totals['weights']:,} weights, {totals['int4_linears']} in INT4",
         "pruned": f"{totals['pruned']:,} of {totals['masked_weights']:,}, {totals['revived']:,} of them not zero",
     }
+    if certificate.draft is not None:
+        found.facts["role"] = "draft of a main network, for speculative decoding"
     beside = sum("branch" in facts for facts in certificate.linears.values())
     if beside:
         found.facts["un-merged branches"] = f"beside {beside} layers, in the graph"
@@ -29,10 +32,15 @@ def inspect_export(path: Path) -> Inspection:
 
 
 def inspect_exports(path: Path, folders: list[Path]) -> Inspection:
-    """A folder with a folder for each of several targets."""
-    parts = [inspect_export(folder) for folder in folders]
-    found = Inspection("export", f"folder exported by sparseport for {len(parts)} targets, with their certificates")
+    """A folder with a folder for each of several targets, or with drafts."""
+    parts = [inspect_export(folder) for folder in folders if folder.name not in DRAFTS]
+    drafts = [inspect_export(folder) for folder in folders if folder.name in DRAFTS]
+    parts, drafts = (parts, drafts) if parts else (drafts, [])  # a draft whose main network is gone
+    targets = f"{len(parts)} targets" if len(parts) > 1 else "a target"
+    found = Inspection("export", f"folder exported by sparseport for {targets}, with certificates")
     found.writer = parts[0].writer
     found.facts = {**parts[0].facts, "target": ", ".join(part.facts["target"] for part in parts)}
+    if drafts:
+        found.facts["draft"] = drafts[0].facts["linear layers"]
     found.next = [as_command(["sparseport", "verify", word(path)])]
     return found

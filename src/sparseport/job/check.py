@@ -43,7 +43,7 @@ def _check_sections(job: Job, job_file: Path, base: Path | None) -> None:
         "sparsify": method in _ON_SPARSE and job.sparsify is None,
         "quantize": method in _ON_INT4 and job.quantize is None,
         "finetune": job.search is not None and job.finetune is None,
-        "search": job.export.sub_adapter == SEARCHED and job.search is None,
+        "search": SEARCHED in (job.export.sub_adapter, job.export.draft) and job.search is None,
     }
     for section, missing in needed.items():
         if missing:
@@ -52,6 +52,15 @@ def _check_sections(job: Job, job_file: Path, base: Path | None) -> None:
                 where=job_file,
                 found=f"finetune.method {method}" if method else None,
                 fix="give --base DIR" if section == "model" else f"add {section} to the file",
+            )
+    if job.search is not None:
+        wanted, other = ("draft", "sub_adapter") if job.search.drafts else ("sub_adapter", "draft")
+        if getattr(job.export, other) == SEARCHED:
+            raise UsageError(
+                f"a search by {job.search.objectives[0]} does not choose export.{other}",
+                where=job_file,
+                found=f"export.{other}: {SEARCHED}",
+                fix=f"set export.{wanted} to {SEARCHED}, or change search.objectives",
             )
     unused = {
         "INT4": job.quantize is not None and method not in (None, *_ON_INT4),
@@ -85,12 +94,13 @@ def _check_adapter(job: Job, job_file: Path) -> None:
             found=f"export.branches {branches}",
             fix="leave export.branches away",
         )
-    if not job.finetune.nls and (job.search is not None or job.export.sub_adapter != "maximal"):
+    parts = (job.export.sub_adapter, job.export.draft)
+    if not job.finetune.nls and (job.search is not None or any(one not in (None, "maximal") for one in parts)):
         raise UsageError(
             "without NLS there is no search space to choose from",
             where=job_file,
             found="a search section" if job.search is not None else f"export.sub_adapter {job.export.sub_adapter}",
-            fix="set finetune.nls to true, or leave search and export.sub_adapter away",
+            fix="set finetune.nls to true, or leave search, export.sub_adapter and export.draft away",
         )
 
 

@@ -63,8 +63,7 @@ def run_job(
     found: dict[str, Any] = {}
     if job.search is not None:
         chosen, found["search"] = _search(job, made, recipe, steps, work_dir, progress)
-        if recipe.sub_adapter == SEARCHED:
-            recipe = recipe.model_copy(update={"sub_adapter": str(chosen)})
+        recipe = _with_searched(recipe, str(chosen))
     folder = steps.folder(EXPORTED, [job.export], lambda out: _export(recipe, out, progress), staged=False)
     if job.finetune is not None and measure:
         found["measured"] = steps.values(
@@ -93,11 +92,15 @@ def finished_recipe(
         for name, section in (("sparse", job.sparsify), ("int4", job.quantize), ("adapter", job.finetune))
     }
     recipe = _export_recipe(job, Inputs(base or work_dir / "base", **made), work_dir)
-    if recipe.sub_adapter == SEARCHED:
-        from sparseport.nls.searching import CHOSEN
+    from sparseport.nls.searching import CHOSEN
 
-        return recipe.model_copy(update={"sub_adapter": str(work_dir / "search" / CHOSEN)})
-    return recipe
+    return _with_searched(recipe, str(work_dir / "search" / CHOSEN))
+
+
+def _with_searched(recipe: Recipe, chosen: str) -> Recipe:
+    """The recipe with what a search chose, in the place that asks for it."""
+    asking = [name for name in ("sub_adapter", "draft") if getattr(recipe, name) == SEARCHED]
+    return recipe.model_copy(update=dict.fromkeys(asking, chosen))
 
 
 def _load(job_file: Path, work_dir: Path, settings: tuple[str, ...]) -> Job:
@@ -118,8 +121,7 @@ def _markers(job: Job) -> dict[str, str]:
     made = {"base": job.model, "sparse": job.sparsify, "int4": job.quantize, "adapter": job.finetune}
     markers = {name: MARKER for name, section in {**made, "search": job.search}.items() if section is not None}
     certificate = "sparseport.json"
-    several = len(job.export.target) > 1
-    return {**markers, EXPORTED: f"{job.export.target[0]}/{certificate}" if several else certificate}
+    return {**markers, EXPORTED: f"{job.export.target[0]}/{certificate}" if job.export.several else certificate}
 
 
 def _export_recipe(job: Job, made: Inputs, work_dir: Path) -> Recipe:
@@ -151,7 +153,7 @@ def _search(
 
     assert job.finetune is not None and job.search is not None and made.adapter is not None
     base, quantized = training_bases(job.finetune, made)
-    plain = recipe.model_copy(update={"sub_adapter": "maximal", "target": recipe.target[:1]})
+    plain = _with_searched(recipe, "maximal").model_copy(update={"target": recipe.target[:1]})
     setup = SubNetworkEvaluator(base, quantized, made.adapter, job.finetune, job.search, plain)
     # Other settings are another search; its journal does not stand in the way of this one.
     journal = work_dir / journal_name(setup)
@@ -166,8 +168,10 @@ def _search(
 def _measure(job: Job, made: Inputs, recipe: Recipe, folder: Path, progress: Progress) -> dict[str, Any]:
     """Accuracy on the test split, of the base and of each exported folder, and how far folders agree with torch.
 
-    Torch runs the weights that were read back from the first folder.
+    A draft's accuracy does not matter: only what the main network would say itself is heard of it. Torch runs the
+    weights that were read back from the first folder.
     """
+    from sparseport.layout import DRAFTS
     from sparseport.nls.evaluation import compare, evaluate
     from sparseport.nls.tasks import load_task
     from sparseport.verify.certificate import exported_folders
@@ -175,7 +179,7 @@ def _measure(job: Job, made: Inputs, recipe: Recipe, folder: Path, progress: Pro
     assert job.finetune is not None
     task = load_task(job.finetune.task, job.finetune.data)
     limit = job.finetune.test_items
-    folders = exported_folders(folder)
+    folders = [one for one in exported_folders(folder) if one.name not in DRAFTS]
     runs = [evaluate(folders[0], task, limit=limit, engine="torch", progress=progress)]
     runs += [evaluate(one, task, limit=limit, progress=progress) for one in folders]
     before = evaluate(made.base, task, limit=limit, progress=progress)
@@ -191,12 +195,13 @@ def _measure(job: Job, made: Inputs, recipe: Recipe, folder: Path, progress: Pro
 
 def _verified(folder: Path, progress: Progress) -> dict[str, Any]:
     from sparseport.verify.certificate import exported_folders
-    from sparseport.verify.folder import require_all, unequal_weights, verify
+    from sparseport.verify.folder import require_all, verify
+    from sparseport.verify.pairs import differences_between
 
     with progress.task("verifying"):
         folders = exported_folders(folder)
         verdicts = [verify(one) for one in folders]
-    unequal = unequal_weights(verdicts)
+    unequal = differences_between(verdicts)
     require_all(verdicts, unequal)
     if not verdicts:
         raise BadInput("nothing was exported", where=folder)

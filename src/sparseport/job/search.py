@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparseport.errors import UsageError
+from sparseport.job.check import SEARCHED
 from sparseport.progress import Progress
 from sparseport.recipe import load_job
 
@@ -70,7 +71,8 @@ def search_sub_networks(
     from sparseport.nls.sub_networks import SubNetworkEvaluator
 
     trained_on, quantized = (given["sparse_base"], given["base"]) if both else (given["base"], None)
-    export = job.export.model_copy(update={"sub_adapter": "maximal", "target": job.export.target[:1]})
+    main = "maximal" if job.export.sub_adapter == SEARCHED else job.export.sub_adapter
+    export = job.export.model_copy(update={"sub_adapter": main, "target": job.export.target[:1]})
     setup = SubNetworkEvaluator(trained_on, quantized, given["adapter"], finetune, recipe, export)
     setup.check()
     given["output"].mkdir(parents=True, exist_ok=True)

@@ -49,33 +49,61 @@ def answers_torch(
         max_new_tokens: tokens that an answer may have.
         stop: texts at which an answer ends; they are no part of it.
     """
+    answers: list[str] = []
+    for start in range(0, len(items), _BATCH):
+        rows = [encode_prompt(tokenizer, item) for item in items[start : start + _BATCH]]
+        for row in _generated(model, tokenizer, rows, max_new_tokens, stop):
+            answers.append(cut(tokenizer.decode(row, skip_special_tokens=True), stop))
+            on_item()
+    return answers
+
+
+@torch.no_grad()
+def tokens_torch(
+    model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int = MAX_NEW_TOKENS
+) -> list[list[int]]:
+    """Greedy tokens of a torch model after each prompt, up to the end token, which is one of them.
+
+    Args:
+        model: a causal language model of transformers, on any device.
+        tokenizer: its tokenizer.
+        prompts: token ids, one or more in each.
+        max_new_tokens: tokens that an answer may have.
+    """
+    answers: list[list[int]] = []
+    for start in range(0, len(prompts), _BATCH):
+        for row in _generated(model, tokenizer, prompts[start : start + _BATCH], max_new_tokens, ()):
+            tokens = row.tolist()
+            ends = tokens.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in tokens else len(tokens)
+            answers.append(tokens[:ends])
+    return answers
+
+
+def _generated(
+    model: nn.Module, tokenizer: Any, rows: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[str]
+) -> torch.Tensor:
+    """New tokens int64 [rows, tokens]; those of a row that ended before others are filled up."""
     from transformers import GenerationConfig
 
     device = next(model.parameters()).device
     ends = tokenizer.eos_token_id
     # Without a token for filling, any other does: it is masked.
     fill = next(token for token in (tokenizer.pad_token_id, ends, 0) if token is not None)
-    answers: list[str] = []
-    for start in range(0, len(items), _BATCH):
-        rows = [encode_prompt(tokenizer, item) for item in items[start : start + _BATCH]]
-        width = max(map(len, rows))
-        # Padding on the left keeps every prompt next to what it generates.
-        ids = torch.tensor([[fill] * (width - len(row)) + row for row in rows], device=device)
-        attention = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-        with _own_settings(model, GenerationConfig()):
-            out = model.generate(  # type: ignore[operator]
-                input_ids=ids,
-                attention_mask=attention,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=fill,
-                eos_token_id=ends,
-                **({"stop_strings": list(stop), "tokenizer": tokenizer} if stop else {}),
-            )
-        for row in out[:, width:]:
-            answers.append(cut(tokenizer.decode(row, skip_special_tokens=True), stop))
-            on_item()
-    return answers
+    width = max(map(len, rows))
+    # Padding on the left keeps every prompt next to what it generates.
+    ids = torch.tensor([[fill] * (width - len(row)) + [*row] for row in rows], device=device)
+    attention = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    with _own_settings(model, GenerationConfig()):
+        out: torch.Tensor = model.generate(  # type: ignore[operator]
+            input_ids=ids,
+            attention_mask=attention,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=fill,
+            eos_token_id=ends,
+            **({"stop_strings": list(stop), "tokenizer": tokenizer} if stop else {}),
+        )
+    return out[:, width:]
 
 
 @contextmanager

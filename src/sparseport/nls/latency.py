@@ -78,14 +78,7 @@ def measure_latency(
     if not folders or not prompts or min(counts) < 1 or min(warm_up, threads) < 0:
         raise UsageError("nothing to measure: folders, prompts, tokens and rounds are 1 or more", found=asked)
     for folder in folders:
-        longest = longest_input(read_json(folder / "config.json", what="config.json"))
-        if max(prompts) + decode_tokens > longest:
-            raise UsageError(
-                "the model does not read so many tokens",
-                where=folder,
-                expected=f"at most {longest}",
-                found=max(prompts) + decode_tokens,
-            )
+        _require_length(folder, max(prompts) + decode_tokens)
     adapters = [active_adapter(folder, adapter) for folder in folders]
     runners = [_open(folder, precision, threads, file) for folder, file in zip(folders, adapters, strict=True)]
     prefill: dict[tuple[int, int], list[float]] = {(n, p): [] for n in range(len(runners)) for p in prompts}
@@ -117,6 +110,108 @@ def measure_latency(
             for index, runner in enumerate(runners)
         ],
     }
+
+
+def measure_draft_costs(
+    main: Path,
+    drafts: Sequence[Path],
+    *,
+    longest: int = 5,
+    prompt: int = 64,
+    repeats: int = 6,
+    rounds: int = 5,
+    warm_up: int = 1,
+    threads: int = 0,
+    precision: Precision = "default",
+    clock: Callable[[], float] = time.perf_counter,
+    on_step: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Measure what speculative decoding costs: steps of a main network of 1 to `longest` + 1 tokens, and of its drafts.
+
+    All are loaded at the same time and measured in turns. In a round each reads the prompt, and then steps of 1, 2, 3
+    ... tokens, again and again, so that the growing context counts for every length and every network alike.
+
+    Args:
+        main: exported folder of the main network.
+        drafts: exported folders of drafts, none or more.
+        longest: most tokens that a draft says in a round.
+        prompt: tokens read before.
+        repeats: steps of each length in a round.
+        rounds: how often everything is measured.
+        warm_up: rounds before those, which do not count.
+        threads: threads for each runtime; 0 leaves it to them.
+        precision: see `sparseport.nls.engines.Precision`.
+        clock: seconds.
+        on_step: called after each folder of each round.
+
+    Returns:
+        What was asked for; `step_ms`: tokens of a step (as text) -> milliseconds, and `drafts`: for each `path` and
+        `step_ms`; each with `median`, `min`, `max`, `samples` and `ratio`, the median over the rounds of its time by
+        that of the main network's step of one token: v_k and c of `sparseport.nls.speculation`.
+
+    Raises:
+        UsageError: a count below 1 (`warm_up` and `threads`: below 0), or more tokens than a model reads.
+        BadInput: a folder is no exported one.
+    """
+    asked = {"longest": longest, "prompt": prompt, "repeats": repeats, "rounds": rounds, "warm_up": warm_up}
+    if min(longest, prompt, repeats, rounds) < 1 or min(warm_up, threads) < 0:
+        raise UsageError("nothing to measure: tokens, repeats and rounds are 1 or more", found=asked)
+    widths = range(1, longest + 2)
+    read = prompt + sum(widths) * repeats
+    folders = [main, *drafts]
+    for folder in folders:
+        _require_length(folder, read)
+    runners = [_open(folder, precision, threads, active_adapter(folder, None)) for folder in folders]
+    # Per folder and length of a step, milliseconds of one step in each round.
+    samples: dict[tuple[int, int], list[float]] = {}
+    random = np.random.default_rng(0)
+    for number in range(warm_up + rounds):
+        for index, runner in enumerate(runners):
+            tokens = random.integers(_FIRST_TOKEN, runner.vocabulary, read).tolist()
+            for width, seconds in _steps(runner.session, tokens, prompt, [*widths] * repeats, clock).items():
+                if number >= warm_up:
+                    samples.setdefault((index, width), []).append(seconds * 1e3 / repeats)
+            on_step()
+    one = samples[0, 1]
+    return {
+        **asked,
+        "threads": threads,
+        "precision": precision,
+        "settings": runners[0].settings,
+        "step_ms": {str(width): _summary(samples[0, width], one) for width in widths},
+        "drafts": [
+            {"path": str(runner.path), "step_ms": _summary(samples[index, 1], one)}
+            for index, runner in enumerate(runners[1:], 1)
+        ],
+    }
+
+
+def _steps(
+    session: Session, tokens: list[int], prompt: int, lengths: list[int], clock: Callable[[], float]
+) -> dict[int, float]:
+    """Seconds of all steps of each length, after the prompt."""
+    session.reset()
+    session.read(tokens[:prompt])
+    at, spent = prompt, dict.fromkeys(lengths, 0.0)
+    for length in lengths:
+        started = clock()
+        session.read(tokens[at : at + length])
+        spent[length] += clock() - started
+        at += length
+    return spent
+
+
+def _require_length(folder: Path, tokens: int) -> None:
+    """Refuse more tokens than the model of a folder reads.
+
+    Raises:
+        UsageError: names the limit.
+    """
+    longest = longest_input(read_json(folder / "config.json", what="config.json"))
+    if tokens > longest:
+        raise UsageError(
+            "the model does not read so many tokens", where=folder, expected=f"at most {longest}", found=tokens
+        )
 
 
 def _open(folder: Path, precision: Precision, threads: int, adapter: str | None) -> _Runner:

@@ -43,7 +43,7 @@ def make_search(setup: SubNetworkEvaluator, journal: Path, out: Path, progress: 
     """Search, or go on with a search, and write what it found.
 
     Files: `search.json` (everything that was evaluated, and the front), `front.svg` and `front.png` where there is a
-    cost beside the accuracy, and `sub_adapter.json`, the chosen sizes for `export --sub-adapter`.
+    cost beside the accuracy, and `sub_adapter.json`, the chosen sizes for `export --sub-adapter` or `--draft`.
 
     Args:
         setup: super-network, task, recipe.

@@ -9,14 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from sparseport import __version__
-from sparseport.checkpoints.elastic import SearchSpace, Selection, open_search_space, select
+from sparseport.checkpoints.elastic import CHOICES, SearchSpace, Selection, choose, open_search_space, select
 from sparseport.checkpoints.folder import ModelFolder
 from sparseport.checkpoints.layers import layer_count
 from sparseport.checkpoints.peft import AdapterFolder
@@ -26,18 +27,22 @@ from sparseport.machine import processor
 from sparseport.merge.subnetwork import sub_network
 from sparseport.nls.activation import activate
 from sparseport.nls.cost import Architecture, architecture_of, macs, parameters
+from sparseport.nls.drafting import agreements_torch
+from sparseport.nls.encoding import encode_prompt
 from sparseport.nls.engines import TorchEngine
-from sparseport.nls.evaluate import answers_torch
+from sparseport.nls.evaluate import answers_torch, tokens_torch
 from sparseport.nls.latency import measure_latency
 from sparseport.nls.load import check_adapter, load_for_training, restore_adapter
+from sparseport.nls.measured_exports import Latency, MainNetwork, exported
 from sparseport.nls.scoring import check_metric, mean, score_choices
 from sparseport.nls.search.candidates import Candidate
 from sparseport.nls.search.objectives import ACCURACY
+from sparseport.nls.speculation import acceptance, best_length
 from sparseport.nls.tasks import Example, MultipleChoice, Task, load_task
 from sparseport.nls.tasks.answers import judge
 from sparseport.nls.team import Team
-from sparseport.recipe import FinetuneRecipe, Recipe
-from sparseport.search_recipe import SearchRecipe
+from sparseport.recipe import CompressionRecipe, FinetuneRecipe, Recipe
+from sparseport.search_recipe import TIMED, SearchRecipe
 
 # Methods whose adapter stays beside the base, and adds to its cost.
 UNMERGED = ("shears", "sqft")
@@ -101,8 +106,10 @@ class SubNetworkEvaluator:
         self.space()
         if self._costs():
             self.architecture()
-        if "latency" in self.search.objectives:
+        if self._timed():
             require_packages(self.measured_export().target)
+        if self.search.drafts:
+            self.main()
 
     def architecture(self) -> Architecture | None:
         """The shapes of the whole model, None if no objective counts on them.
@@ -137,15 +144,32 @@ class SubNetworkEvaluator:
             "tokens": self.search.tokens,
             "versions": {"sparseport": __version__, **_versions(("torch", "transformers"))},
         }
-        if "latency" in self.search.objectives:
+        if self.search.drafts:
+            content["main"] = repr(sorted(vars(self.main()).items(), key=str))
+            content["drafting"] = [self.search.answer_tokens, self.search.assistant_tokens]
+        if self._timed():
             recipe = self.measured_export()
             places = {"base", "sparse_base", "adapter", "output", "search_space", "sub_adapter"}
-            content["export"] = recipe.model_dump(mode="json", exclude=places)
+            content["export"] = recipe.model_dump(mode="json", exclude={*places, "draft", "draft_compress"})
+            if self.search.drafts:
+                content["main_compress"] = self.main_export().compress.model_dump(mode="json")
             content["machine"] = {**processor(), "threads": _THREADS, **_versions(_RUNTIMES[recipe.target[0]])}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def measured_export(self) -> Recipe:
         """The export whose latency is measured: un-merged branches stand in the graph, where their rank costs time.
+
+        A draft is compressed as the export's draft is.
+
+        Raises:
+            UsageError: there is no export recipe.
+        """
+        recipe = self.main_export()
+        assert self.export is not None
+        return recipe.model_copy(update={"compress": self.export.draft_compress}) if self.search.drafts else recipe
+
+    def main_export(self) -> Recipe:
+        """The same export of the main network, in a search for its draft.
 
         Raises:
             UsageError: there is no export recipe.
@@ -154,10 +178,23 @@ class SubNetworkEvaluator:
             raise UsageError("a latency is measured on an export; the search needs an export recipe")
         branches = "graph" if self.finetune.method in UNMERGED else self.export.branches
         update = {"branches": branches, "target": self.export.target[:1], "tokenizer": False, "numerics": False}
-        return self.export.model_copy(update=update)
+        alone = {"draft": None, "draft_compress": CompressionRecipe()}
+        return self.export.model_copy(update={**update, **alone})
+
+    def main(self) -> Selection:
+        """The main network of a draft: the sub-network that the export recipe names, else the whole super-network.
+
+        Raises:
+            BadInput: the recipe's file is no list of sizes of this search space.
+        """
+        choice: str | Path = "maximal" if self.export is None else self.export.sub_adapter
+        return choose(self.space(), choice if choice in CHOICES else Path(choice))
+
+    def _timed(self) -> bool:
+        return any(name in TIMED for name in self.search.objectives)
 
     def _costs(self) -> bool:
-        return self.search.objectives != (ACCURACY,)
+        return bool({*self.search.objectives} - {ACCURACY, "acceptance"})
 
 
 @dataclass
@@ -165,7 +202,7 @@ class Evaluator:
     """Measures one sub-network after another; see `SubNetworkEvaluator`."""
 
     setup: SubNetworkEvaluator
-    _latencies: dict[str, float] = field(default_factory=dict)
+    _latencies: dict[str, Latency] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         from transformers import AutoTokenizer
@@ -183,18 +220,29 @@ class Evaluator:
         self._model = load_for_training(setup.base, setup.finetune, setup.quantized)
         restore_adapter(self._model, setup.adapter)
         self._model.eval().to(Team().device)
+        self._answers = self._main_answers() if setup.search.drafts else ([], [])
+        self._main = (
+            MainNetwork(setup.main_export(), setup.search, _THREADS)
+            if "speculation" in setup.search.objectives
+            else None
+        )
 
     def __call__(self, candidate: Candidate) -> Mapping[str, float]:
-        """Objective -> value: accuracy 0..1, MACs per token (see `cost`), parameters, latency in seconds a token."""
+        """Objective -> value: accuracy 0..1, MACs per token (see `cost`), parameters, latency in seconds a token.
+
+        Of a draft: acceptance 0..1, and the predicted speed-up with the best number of tokens to draft.
+        """
         selection = select(self._space, candidate)
         values: dict[str, float] = {}
         objectives = self.setup.search.objectives
-        if "accuracy" in objectives:
-            activate(self._model, self._space, selection)
-            try:
+        agreements: list[list[bool]] = []
+        with self._active(selection):
+            if "accuracy" in objectives:
                 values["accuracy"] = self._accuracy()
-            finally:
-                activate(self._model, self._space, Selection())
+            if self.setup.search.drafts:
+                agreements = agreements_torch(self._model, *self._answers)
+        if "acceptance" in objectives:
+            values["acceptance"] = acceptance(agreements)
         if self._architecture is None:
             return values
         small = self._shapes(self._architecture, selection)
@@ -204,8 +252,38 @@ class Evaluator:
         if "parameters" in objectives:
             values["parameters"] = float(parameters(small))
         if "latency" in objectives:
-            values["latency"] = self._latency(candidate, small)
+            values["latency"] = self._latency(candidate, small).seconds
+        if self._main is not None:
+            ratio = self._latency(candidate, small).ratio
+            assert ratio is not None
+            _, values["speculation"] = best_length(agreements, ratio, self._main.verify)
         return values
+
+    @contextmanager
+    def _active(self, selection: Selection) -> Iterator[None]:
+        """The model as one of its sub-networks, and whole again afterwards."""
+        activate(self._model, self._space, selection)
+        try:
+            yield
+        finally:
+            activate(self._model, self._space, Selection())
+
+    def _main_answers(self) -> tuple[list[list[int]], list[list[int]]]:
+        """Prompts, and the greedy answers of the main network that drafts are compared with.
+
+        Raises:
+            BadInput: every answer ends at its first token.
+        """
+        examples = self._task.examples(self.setup.search.split)[: self.setup.search.items]
+        prompts = [encode_prompt(self._tokenizer, example) for example in examples]
+        tokens = self.setup.search.answer_tokens
+        with self._active(self.setup.main()):
+            answers = tokens_torch(self._model, self._tokenizer, prompts, max_new_tokens=tokens)
+        if max(map(len, answers)) < 2:
+            raise BadInput(
+                "no answer of the main network has a second token, which a draft could say", where=self._task.name
+            )
+        return prompts, answers
 
     def _shapes(self, whole: Architecture, selection: Selection) -> Architecture:
         """The shapes of a sub-network, its adapters beside it where they are not merged."""
@@ -231,21 +309,18 @@ class Evaluator:
             right = judge(self._task.rule, answers, [item.answer for item in examples])
         return mean(right[self._metric])
 
-    def _latency(self, candidate: Candidate, shapes: Architecture) -> float:
+    def _latency(self, candidate: Candidate, shapes: Architecture) -> Latency:
         """Seconds a token of the exported sub-network; sub-networks of the same shapes share one measurement."""
-        from sparseport.pipeline import export
-
         key = repr((sorted(shapes.linears.items()), sorted(shapes.branches.items())))
         if key not in self._latencies:
             with tempfile.TemporaryDirectory(prefix="sparseport-latency-") as name:
-                chosen = Path(name) / "sizes.json"
-                chosen.write_text(json.dumps(list(candidate)), encoding="utf-8")
-                update = {"sub_adapter": str(chosen), "output": Path(name) / "out"}
-                recipe = self.setup.measured_export().model_copy(update=update)
-                export(recipe)
+                folder = exported(self.setup.measured_export(), list(candidate), Path(name))
+                first = [] if self._main is None else [self._main.folder]
                 tokens = self.setup.search.tokens
-                measured = measure_latency([recipe.output], prompts=(tokens,), threads=_THREADS)["folders"][0]
-                self._latencies[key] = float(measured["decode_ms"][str(tokens)]["median"]) / 1e3
+                measured = measure_latency([*first, folder], prompts=(tokens,), threads=_THREADS)["folders"][-1]
+                found = measured["decode_ms"][str(tokens)]
+                ratio = float(found["ratio"]) if first else None
+                self._latencies[key] = Latency(float(found["median"]) / 1e3, ratio)
         return self._latencies[key]
 
 

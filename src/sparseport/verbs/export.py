@@ -20,6 +20,7 @@ _FIELDS = (
     "adapter",
     "sub_adapter",
     "search_space",
+    "draft",
     "target",
     "output",
     "rounding",
@@ -48,6 +49,11 @@ def add_export(verb: argparse.ArgumentParser, base: Sequence[str] = ("--base",))
     verb.add_argument("--adapter", help="folder of the fine-tuned adapter")
     verb.add_argument("--sub-adapter", metavar="WHICH", help="maximal (default), heuristic, minimal, or a JSON file")
     verb.add_argument("--search-space", metavar="FILE", help="its search space, where it is not beside the adapter")
+    verb.add_argument(
+        "--draft",
+        metavar="WHICH",
+        help="export a second sub-network as the draft for speculative decoding: heuristic, minimal, or a JSON file",
+    )
     verb.add_argument(
         "--target",
         action="append",
@@ -109,6 +115,13 @@ def add_export(verb: argparse.ArgumentParser, base: Sequence[str] = ("--base",))
     ):
         key = f"compress.{name.replace('-', '_')}"
         compress.add_argument(f"--compress-{name}", dest=key, action="store_true", default=None, help=text)
+    compress.add_argument(
+        "--draft-compress",
+        dest="draft_compress.mode",
+        metavar="MODE",
+        choices=["none", "int8_sym", "int8_asym", "int4_sym", "int4_asym"],
+        help="the same for the draft alone, which --compress leaves as it is",
+    )
     onnx = verb.add_argument_group("the ONNX target")
     onnx.add_argument(
         "--onnx-format",

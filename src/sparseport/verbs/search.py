@@ -9,7 +9,7 @@ from typing import Any
 from sparseport.verbs.making import progress_of, run_verb
 
 NAME = "search"
-HELP = "Search the sub-networks of a super-adapter by accuracy, MACs, parameters or the measured latency of exports."
+HELP = "Search the sub-networks of a super-adapter by accuracy, cost and latency; or for the best draft of another one."
 EXAMPLE = "sparseport search --config job.yaml --base model --adapter adapter --output found"
 
 

@@ -19,12 +19,15 @@ from typing import Any
 
 from sparseport.checkpoints.json_files import read_json
 from sparseport.errors import SparseportError, Unsupported, VerificationError
+from sparseport.layout import FOLDERS
+from sparseport.layout import TARGETS as TARGETS
 
 FILE_NAME = "sparseport.json"
 SCHEMA = 1
-TARGETS = ("openvino", "onnx")
 _SEAL = "certificate_sha256"
 _PROOF = "proof_sha256"
+# Inputs that differ between a main network and its draft.
+_CHOOSING = ("sub_adapter", "dataset")
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,25 @@ class Certificate:
     def adapters(self) -> dict[str, dict[str, dict[str, Any]]]:
         """Per file of un-merged branches, per module: rank, scaling, digests."""
         return dict(self.body.get("adapters", {}))
+
+    @property
+    def draft(self) -> dict[str, str] | None:
+        """What a draft's certificate says of its main networks: `super_network_sha256`; None for a main network."""
+        draft = self.body.get("draft")
+        return None if draft is None else dict(draft)
+
+    @property
+    def super_network(self) -> dict[str, dict[str, str]]:
+        """The files that make the network which this one was taken from: role -> file name -> SHA-256.
+
+        All inputs but what chooses a part of it, and what it is compressed with.
+        """
+        inputs = self.body.get("inputs", {})
+        return {role: dict(files) for role, files in inputs.items() if role not in _CHOOSING}
+
+    def super_network_sha256(self) -> str:
+        """SHA-256 of `super_network`: equal in the certificates of a main network and its draft."""
+        return hashlib.sha256(canonical(self.super_network)).hexdigest()
 
     @property
     def files(self) -> dict[str, dict[str, Any]]:
@@ -144,23 +166,23 @@ class Certificate:
 
 
 def certified_folders(folder: Path) -> list[Path]:
-    """The exported folders at a place: the folder itself, or the folders of several targets if it holds only those.
+    """The exported folders at a place: the folder itself, or those of several targets and drafts if it holds only them.
 
     The list is empty if it is neither, or if there is something else beside them.
     """
     if (folder / FILE_NAME).is_file():
         return [folder]
     inside = sorted(folder.iterdir()) if folder.is_dir() else []
-    if all(path.name in TARGETS and not path.is_symlink() and (path / FILE_NAME).is_file() for path in inside):
+    if all(path.name in FOLDERS and not path.is_symlink() and (path / FILE_NAME).is_file() for path in inside):
         return inside
     return []
 
 
 def exported_folders(folder: Path) -> list[Path]:
-    """What there is to verify at a place: the folder itself, or those of its subfolders that have a target's name."""
+    """What there is to verify at a place: the folder itself, or its subfolders with the name of a target or a draft."""
     if (folder / FILE_NAME).is_file() or not folder.is_dir():
         return [folder]
-    return [folder / name for name in TARGETS if (folder / name).is_dir()] or [folder]
+    return [folder / name for name in FOLDERS if (folder / name).is_dir()] or [folder]
 
 
 def _is_text(value: object) -> bool:
@@ -236,6 +258,7 @@ def _check_structure(data: dict[str, Any], path: Path) -> None:
     if not isinstance(data.get("graph", {}), dict):
         raise VerificationError("the certificate's entry is of another type", where=f"{path}, graph")
     _check_adapters(data.get("adapters", {}), data.get("files"), target, path)
+    _check_inputs(data, path)
     for part, checks in _OF_EVERY_ENTRY.items():
         entries = data.get(part)
         if not isinstance(entries, dict) or (part == "files" and not entries):
@@ -255,6 +278,19 @@ def _check_structure(data: dict[str, Any], path: Path) -> None:
         if not is_inside(name):
             raise VerificationError("the certificate names a file outside the folder", where=path, found=name[:80])
     _check_entry(data.get("totals"), _OF_TOTALS, {}, f"{path}, totals")
+
+
+def _check_inputs(data: dict[str, Any], path: Path) -> None:
+    """Inputs are digests of files by role, and a draft says whose it is.
+
+    Raises:
+        VerificationError: they are something else.
+    """
+    inputs, draft = data.get("inputs", {}), data.get("draft")
+    if not isinstance(inputs, dict) or not all(isinstance(files, dict) for files in inputs.values()):
+        raise VerificationError("the certificate's entry is of another type", where=f"{path}, inputs")
+    if "draft" in data and (not isinstance(draft, dict) or not _is_text(draft.get("super_network_sha256"))):
+        raise VerificationError("the certificate's entry is of another type", where=f"{path}, draft")
 
 
 def _check_adapters(adapters: object, files: object, target: str, path: Path) -> None:

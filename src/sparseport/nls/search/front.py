@@ -27,7 +27,7 @@ class SearchResult:
     strategy        its settings with the seed, and how many evaluations it was allowed
     space           SHA-256 of the search space (`candidates.space_digest`)
     evaluation      SHA-256 of everything that decides what an evaluation yields
-    objectives      in their order; the first is the accuracy
+    objectives      in their order; the first is the accuracy, or for a draft acceptance or speculation
     evaluations     everything that this search asked for, in the order of asking
     front           the sub-networks that none other dominates, the most accurate first
     seeds           name -> sub-network that the search began with or looked at as a mark

@@ -35,12 +35,14 @@ OBJECTIVES = {
     objective.name: objective
     for objective in (
         Objective(ACCURACY, "max"),
+        Objective("acceptance", "max"),
+        Objective("speculation", "max"),
         Objective("macs", "min", "per token"),
         Objective("parameters", "min"),
         Objective("latency", "min", "s"),
     )
 }
-"""What a search recipe can ask for; the recipe's names are these. Accuracy is a share, 0 to 1."""
+"""What a search recipe can ask for; the recipe's names are these. Accuracy and acceptance are shares, 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -142,10 +144,11 @@ def cheapest_within(
 ) -> Evaluation | None:
     """The cheapest sub-network whose accuracy is at least `reference` - `delta` (LoNAS: ref_acc and acc_delta).
 
-    Cheap is the first objective beside accuracy, ties by the next ones, then by the higher accuracy, then by the
-    smaller sizes. None if no sub-network is accurate enough.
+    Accuracy stands for the first objective, which a search for a draft has another one in the place of. Cheap is the
+    next objective, ties by those after it, then by the higher accuracy, then by the smaller sizes. None if no
+    sub-network is accurate enough.
     """
-    accurate = [e for e in evaluations if e.values[ACCURACY] >= reference - delta - _SLACK]
-    prices = [objective for objective in objectives if objective.name != ACCURACY]
-    order = [*prices, OBJECTIVES[ACCURACY]]
+    quality, *prices = objectives
+    accurate = [e for e in evaluations if e.values[quality.name] >= reference - delta - _SLACK]
+    order = [*prices, quality]
     return min(accurate, key=lambda evaluation: rank_key(evaluation, order), default=None)

@@ -9,7 +9,8 @@ from typing import Any
 from sparseport.errors import UsageError
 from sparseport.extras import require_packages
 from sparseport.nls.search.front import SearchResult
-from sparseport.nls.search.objectives import ACCURACY, Evaluation, Objective, pareto_front
+from sparseport.nls.search.objectives import Evaluation, Objective, pareto_front
+from sparseport.search_recipe import QUALITIES
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; the markers differ too.
 _BLUE, _ORANGE, _GREEN, _PURPLE, _RED = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00"
@@ -29,7 +30,8 @@ _STYLE: dict[str, Any] = {
 def draw(result: SearchResult, paths: Sequence[Path], *, cost: str | None = None) -> None:
     """Draw the result into files; the same result gives the same bytes (with the same matplotlib).
 
-    The dashed line is the accuracy of the heuristic sub-network, as in SQFT's figure of its search.
+    The dashed line is the accuracy of the heuristic sub-network, as in SQFT's figure of its search; in a search for a
+    draft its acceptance or predicted speed-up.
 
     Args:
         result: what to draw.
@@ -40,8 +42,8 @@ def draw(result: SearchResult, paths: Sequence[Path], *, cost: str | None = None
         UsageError: the search had no such objective, or a file name ends in something else.
         EnvironmentProblem: matplotlib is not installed.
     """
-    costs = [objective for objective in result.objectives if objective.name != ACCURACY]
-    accuracy = next((objective for objective in result.objectives if objective.name == ACCURACY), None)
+    costs = [objective for objective in result.objectives if objective.name not in QUALITIES]
+    accuracy = next((objective for objective in result.objectives if objective.name in QUALITIES), None)
     across = next((objective for objective in costs if cost in (None, objective.name)), None)
     if across is None or accuracy is None:
         raise UsageError(
@@ -103,7 +105,7 @@ def _figure(result: SearchResult, across: Objective, up: Objective) -> Any:
             zorder=5,
         )
         if name == "heuristic":
-            axes.axhline(y, color=_GREEN, linestyle="--", linewidth=1.0, zorder=1, label="accuracy of the heuristic")
+            axes.axhline(y, color=_GREEN, linestyle="--", linewidth=1.0, zorder=1, label=f"{up.name} of the heuristic")
     if result.chosen is not None:
         axes.plot(
             *point(result.of(result.chosen)),

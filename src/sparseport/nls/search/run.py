@@ -24,7 +24,6 @@ from sparseport.nls.search.heuristics import Sample, lowest_loss, most_sampled
 from sparseport.nls.search.hill_climbing import hill_climb
 from sparseport.nls.search.journal import Journal, RunIdentity, open_journal
 from sparseport.nls.search.objectives import (
-    ACCURACY,
     OBJECTIVES,
     Evaluate,
     Evaluation,
@@ -50,6 +49,7 @@ _LENGTH = {
     "rnsga2": ("evaluations",),
     "heuristics": (),
 }
+_AN = {"accuracy": "an accuracy", "acceptance": "an acceptance", "speculation": "a predicted speed-up"}
 _EXTRAS: dict[str, tuple[str, ...]] = {
     **{"hill_climbing": (), "nsga2": ("search",), "rnsga2": ("search",), "heuristics": ()},
     **{"local": (), "processes": (), "ray": ("distributed",)},
@@ -266,20 +266,21 @@ def _choose(
     evaluations: Sequence[Evaluation], objectives: Sequence[Objective], recipe: SearchRecipe
 ) -> tuple[Candidate | None, str]:
     """The sub-network to take, and why."""
-    best = max(evaluation.values[ACCURACY] for evaluation in evaluations)
+    quality = objectives[0].name
+    best = max(evaluation.values[quality] for evaluation in evaluations)
     reference = best if recipe.reference_accuracy is None else recipe.reference_accuracy
     chosen = cheapest_within(evaluations, objectives, reference, recipe.accuracy_delta)
     origin = "the best measured" if recipe.reference_accuracy is None else "the reference"
     if chosen is None:
         return None, (
-            f"no sub-network has an accuracy of {reference!r} ({origin}) less {recipe.accuracy_delta!r}; "
+            f"no sub-network has {_AN[quality]} of {reference!r} ({origin}) less {recipe.accuracy_delta!r}; "
             f"the best has {best!r}"
         )
-    cheap = " and ".join(objective.name for objective in objectives if objective.name != ACCURACY)
+    cheap = " and ".join(objective.name for objective in objectives[1:])
     if recipe.accuracy_delta == 0.0 and recipe.reference_accuracy is None:
         ties = f"; among equals the lowest {cheap}" if cheap else ""
-        return chosen.candidate, f"the highest accuracy, {best!r}{ties}"
+        return chosen.candidate, f"the highest {quality}, {best!r}{ties}"
     return chosen.candidate, (
-        f"{f'the lowest {cheap}' if cheap else 'the highest accuracy'} among those with an accuracy of at least "
+        f"{f'the lowest {cheap}' if cheap else f'the highest {quality}'} among those with {_AN[quality]} of at least "
         f"{reference!r} ({origin}) less {recipe.accuracy_delta!r}"
     )
