@@ -16,7 +16,6 @@ from sparseport.branches import branch_notes, hand_over, take_adapter
 from sparseport.compress import compress_folder
 from sparseport.evidence import Facts, for_target, linear_facts, recipe_facts, revived_note, totals
 from sparseport.extras import require_packages
-from sparseport.layout import folder_name
 from sparseport.merging import merge_planned
 from sparseport.model_card.origin import Origin, origin_of
 from sparseport.model_card.writing import with_card
@@ -48,7 +47,7 @@ class TargetExport:
     @property
     def name(self) -> str:
         """`openvino`, or `openvino-draft`."""
-        return folder_name(self.target, draft=self.certificate.draft is not None)
+        return self.certificate.folder_name
 
 
 @dataclass(frozen=True)

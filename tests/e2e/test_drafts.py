@@ -13,13 +13,17 @@ import pytest
 from e2e.cut_models import MIXED, make_model, space
 from e2e.in_process import in_process
 from sparseport import further
+from sparseport.chat.folder import open_folder
 from sparseport.cli import main
-from sparseport.errors import BadInput, Unsupported, UsageError
+from sparseport.errors import BadInput, Unsupported, UsageError, VerificationError
 from sparseport.inspection import inspect
+from sparseport.integrations.push import plan_push
 from sparseport.nls.drafting import agreements_of
 from sparseport.nls.speculation import Rounds, replay
 from sparseport.pipeline import ExportResult, export, plan
+from sparseport.progress import Progress
 from sparseport.recipe import Recipe, make_recipe
+from sparseport.report.gather import look, places_of
 from sparseport.verify.certificate import Certificate, exported_folders
 from sparseport.verify.folder import verify
 from sparseport.verify.pairs import differences_between
@@ -141,6 +145,27 @@ def test_the_plan_has_both_and_a_draft_of_full_size_is_named(super_network: Path
     assert found.draft is not None and len(found.as_dict()["draft"]["layers"]) == len(found.layers)
     assert any("nothing gets faster" in note for note in found.draft.notes)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_card_says_that_it_is_a_draft(pair: ExportResult) -> None:
+    cards = {one.name: (one.folder / "README.md").read_text(encoding="utf-8") for one in pair.exports}
+    assert [name for name, text in cards.items() if "draft for speculative decoding" in text] == FOLDERS[2:]
+
+
+def test_other_verbs_know_pairs(copy: Path) -> None:
+    """Fails if a pair is held for one export of two targets, or a draft is talked to."""
+    assert open_folder(copy).path == copy / "openvino" and open_folder(copy, "onnx").path == copy / "onnx"
+    assert open_folder(copy / "openvino-draft").path == copy / "openvino-draft"
+    assert sorted(plan_push(copy).seals) == sorted(FOLDERS)
+    folders, between = look(places_of([copy]), Progress("quiet"))
+    assert len(folders) == 4 and not any(folder.differences for folder in folders) and between == []
+    for name in ("openvino", "onnx"):
+        shutil.rmtree(copy / name)
+        if name == "openvino":
+            assert open_folder(copy).path == copy / "onnx"
+    assert open_folder(copy).path == copy / "openvino-draft"
+    with pytest.raises(VerificationError, match="no certified main network"):
+        plan_push(copy)
 
 
 def test_inspect_names_the_draft(pair: ExportResult) -> None:

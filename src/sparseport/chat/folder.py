@@ -33,7 +33,8 @@ def open_folder(path: Path, target: str | None = None, adapter: str | None = Non
     """Find the folder to talk to, and hold its files against its certificate by their names and sizes.
 
     Args:
-        path: an exported folder, or one with the folders of several targets in it.
+        path: an exported folder, or one with the folders of several targets in it. Drafts beside main networks are
+            not talked to.
         target: which of them; None takes OpenVINO's if there are several.
         adapter: an adapter in the folder, by its file's name with or without suffix, or `none`. None: the only one.
 
@@ -44,6 +45,9 @@ def open_folder(path: Path, target: str | None = None, adapter: str | None = Non
     if not path.is_dir():
         raise UsageError("no such folder", where=path, expected="a folder that sparseport exported")
     found = {folder: Certificate.read(folder) for folder in exported_folders(path)}
+    drafts = [folder for folder, certificate in found.items() if certificate.draft is not None]
+    if len(found) > len(drafts):
+        found = {folder: certificate for folder, certificate in found.items() if folder not in drafts}
     by_target = {certificate.target: folder for folder, certificate in found.items()}
     chosen = by_target.get(target) if target else by_target.get("openvino", next(iter(found)))
     if chosen is None:

@@ -15,7 +15,8 @@ from sparseport.extras import missing
 from sparseport.offline import is_offline, online_environment
 from sparseport.progress import Progress
 from sparseport.verify.certificate import FILE_NAME, Certificate, exported_folders, file_facts
-from sparseport.verify.folder import Verdict, require_all, strangers, unequal_weights, verify
+from sparseport.verify.folder import Verdict, require_all, strangers, verify
+from sparseport.verify.pairs import differences_between
 
 # What huggingface_hub and the hub allow, as far as it can be told without them.
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]{1,96}", re.ASCII)
@@ -40,7 +41,7 @@ class HubFile:
 class Push:
     """What there is to push.
 
-    seals  per target, the seal of its certificate
+    seals  per target and draft, named as their folders are (`openvino`, `openvino-draft`), the seal of its certificate
     """
 
     folder: Path
@@ -90,9 +91,8 @@ def plan_push(folder: Path, also: Sequence[str] = (), progress: Progress | None 
             verdicts.append(_without(verify(one, on_step=step), one, folder, named))
     beside = [] if folders == [folder] else strangers(folder, folders)
     known = {Path(name).parts[0] for name in named}
-    require_all(
-        verdicts, unequal_weights(verdicts) + [line for line in beside if line.rpartition(": ")[0] not in known]
-    )
+    strange = [line for line in beside if line.rpartition(": ")[0] not in known]
+    require_all(verdicts, differences_between(verdicts) + strange)
     certified = {
         f"{_prefix(verdict.folder, folder)}{name}": (facts["size"], facts["sha256"])
         for verdict in verdicts
@@ -103,7 +103,7 @@ def plan_push(folder: Path, also: Sequence[str] = (), progress: Progress | None 
     files = [HubFile(name, *facts) for name, facts in certified.items()]
     files += [_file(folder, f"{_prefix(one, folder)}{FILE_NAME}") for one in folders]
     files += [_file(folder, name) for name in named]
-    seals = {_certificate(verdict).target: _certificate(verdict).seal() for verdict in verdicts}
+    seals = {_certificate(verdict).folder_name: _certificate(verdict).seal() for verdict in verdicts}
     return Push(folder, tuple(sorted(files, key=lambda file: file.name)), seals)
 
 
@@ -131,7 +131,7 @@ def push(
 
     Returns:
         `repo_id`, `url`, `revision`, `commit`, `unchanged` (nothing was new), `private`, `files`, `bytes`,
-        `certificate_sha256` per target, and `others`: files of the repository that were not pushed.
+        `certificate_sha256` per target and draft, and `others`: files of the repository that were not pushed.
 
     Raises:
         BadInput: no repository can be called so.

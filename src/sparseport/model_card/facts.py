@@ -102,6 +102,7 @@ class ModelFacts:
     sample    tokens that the logits were compared on
     chat      whether there is a chat template in a file of its own
     origin    see `model_card.origin`
+    draft     whether it is the draft of a larger sub-network of the same super-network
     """
 
     target: str
@@ -123,6 +124,7 @@ class ModelFacts:
     inputs: Mapping[str, Any]
     versions: Mapping[str, Any]
     origin: Mapping[str, Any]
+    draft: bool
 
     @property
     def weights(self) -> int:
@@ -212,6 +214,7 @@ def model_facts(certificate: Certificate, config: Mapping[str, Any]) -> ModelFac
             _mapping(body.get("inputs", {})),
             _mapping(body.get("versions", {})),
             _mapping(body.get("origin", {})),
+            certificate.draft is not None,
         )
     except SparseportError as error:
         raise VerificationError(error.what, where=error.where or where, found=error.found) from error

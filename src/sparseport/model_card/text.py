@@ -64,7 +64,11 @@ def model_card(facts: ModelFacts, measured: Sequence[Measured] = (), *, logits: 
     target = words.TARGETS[facts.target]
     name = words.base_name(facts) or f"{words.architecture(facts)} model"
     told = [f"This is {words.kind(facts)}.", words.bits_sentence(facts), words.sparsity_sentence(facts)]
-    told += [line for line in (words.cut_sentence(facts), words.adapters_sentence(facts)) if line]
+    told += [
+        line
+        for line in (words.cut_sentence(facts), words.draft_sentence(facts), words.adapters_sentence(facts))
+        if line
+    ]
     parts = [
         f"---\n{_metadata(facts)}---",
         f"# {plain(name)}: {plain(words.form(facts))}, for {target}",

@@ -103,6 +103,16 @@ def cut_sentence(facts: ModelFacts) -> str | None:
     return f"It is a sub-network: {', and '.join(parts)}." if parts else None
 
 
+def draft_sentence(facts: ModelFacts) -> str | None:
+    """What a draft is for; None for any other model."""
+    return (
+        "It is a draft for speculative decoding: it says tokens ahead for the larger model of the same super-network "
+        "that it was exported with, and is not meant to answer alone."
+        if facts.draft
+        else None
+    )
+
+
 def adapters_sentence(facts: ModelFacts) -> str | None:
     """Which adapters lie un-merged beside or in the graph; None if all was merged."""
     beside = sum(layer.beside is not None for layer in facts.layers)

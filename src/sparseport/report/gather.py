@@ -14,7 +14,8 @@ from sparseport.progress import Progress
 from sparseport.report.bench_file import EVIDENCE, Bench, Row, read_bench
 from sparseport.report.naive_file import Naive
 from sparseport.verify.certificate import FILE_NAME, TARGETS, Certificate, exported_folders
-from sparseport.verify.folder import Verdict, strangers, unequal_weights, verify
+from sparseport.verify.folder import Verdict, strangers, verify
+from sparseport.verify.pairs import differences_between
 
 SEALS_BEFORE = "seals_before"
 """Key of a certificate: seals that the same folder had before its README.md was written anew."""
@@ -152,7 +153,7 @@ def look(given: Sequence[Given], progress: Progress) -> tuple[list[Folder], list
             with progress.task(f"verifying {place.name}") as step:
                 verdicts.append(_verdict(place, step))
             folders.append(_folder(place, verdicts[-1]))
-        between += unequal_weights(verdicts)
+        between += differences_between(verdicts)
         if one.parent is not None:
             between += strangers(one.parent, [place.path for place in one.places])
     return folders, between

@@ -19,7 +19,7 @@ from typing import Any
 
 from sparseport.checkpoints.json_files import read_json
 from sparseport.errors import SparseportError, Unsupported, VerificationError
-from sparseport.layout import FOLDERS
+from sparseport.layout import FOLDERS, folder_name
 from sparseport.layout import TARGETS as TARGETS
 
 FILE_NAME = "sparseport.json"
@@ -76,6 +76,11 @@ class Certificate:
         """What a draft's certificate says of its main networks: `super_network_sha256`; None for a main network."""
         draft = self.body.get("draft")
         return None if draft is None else dict(draft)
+
+    @property
+    def folder_name(self) -> str:
+        """Name of its folder in an export that has several: `openvino`, or `openvino-draft`."""
+        return folder_name(self.target, draft=self.draft is not None)
 
     @property
     def super_network(self) -> dict[str, dict[str, str]]:
