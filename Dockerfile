@@ -5,7 +5,7 @@
 #
 # --user: the image's own user (uid 10001) may not write into a folder of yours that is mounted as /data.
 #
-# Extras in the image: `openvino`, `onnx`, `pack`. Not in it: `train` (GGUF files, and with them `sparseport demo`), `search`, `distributed`, `docs` and `dev`.
+# Extras in the image: `openvino`, `onnx`, `pack`. Not in it: `train` (GGUF files, and with them `sparseport demo`), `search`, `distributed`, `hub`, `docs` and `dev`.
 #
 # PyTorch's default Linux build carries CUDA. For a smaller image give the CPU build:
 #   docker build --build-arg TORCH_INSTALL='torch==2.13.0 --index-url URL-OF-THE-CPU-WHEELS' -t sparseport .

@@ -76,7 +76,7 @@ bench: $(READY) ## run the comparisons in benchmarks/, on the finished demo
 		--sparse-base demo/sparse --adapter demo/adapter --sub-adapter heuristic --output demo/both
 	$(BIN)/python benchmarks/fidelity.py
 	$(BIN)/python benchmarks/export_cost.py
-	$(BIN)/python benchmarks/onnx_speed.py
+	$(BIN)/python benchmarks/performance.py
 	$(BIN)/python benchmarks/same_tokens.py --folder demo/both
 
 clean: ## remove caches and build output; .venv stays

@@ -154,18 +154,18 @@ def _write(dense: Path, int4: Path) -> None:
 
 def _run(folder: Path, engine: str) -> dict[str, float]:
     """Verify the folder, then load it and generate a few tokens."""
-    import subprocess
-
+    from sparseport.bench.rounds import Asked
+    from sparseport.bench.run import bench
     from sparseport.verify.folder import require, verify
 
     require(verify(folder))
-    script = Path(__file__).with_name("measure.py")
-    command = [sys.executable, str(script), engine, str(folder), "--prompt", "16", "--tokens", "8", "--warm-up", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{engine} failed: {done.stderr[-2000:]}")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return {"decode_ms": found["decode_ms"], "run_peak_mib": found["peak_mib"], "load_s": found["load_s"]}
+    asked = Asked(prompt=16, tokens=8, rounds=1)
+    (row,) = bench([folder], engines=[engine], devices=["CPU"], asked=asked, bandwidth=False)["rows"]
+    return {
+        "decode_ms": row["decode_ms"]["median"],
+        "run_peak_mib": row["peak_mib"]["median"],
+        "load_s": row["load_s"]["median"],
+    }
 
 
 def _size(folder: Path) -> float:

@@ -110,13 +110,16 @@ def test_settings_that_may_be_left_out_have_llama_cpp_s_defaults(tmp_path):
 @pytest.mark.parametrize(
     ("settings_", "message"),
     [
-        ({"general.architecture": "gpt2"}, "architecture is not carried.*expected llama, qwen2, qwen3, found gpt2"),
+        (
+            {"general.architecture": "gpt2"},
+            "architecture is not carried.*expected llama, qwen2, qwen3, gemma3, found gpt2",
+        ),
         ({"general.architecture": None}, "architecture is not carried"),
         ({"general.type": "adapter"}, "no model.*found adapter"),
         ({"split.count": 3}, "one part of a GGUF model.*llama-gguf-split"),
         ({"llama.rope.dimension_count": 4}, r"rope\.dimension_count; expected 8 like the keys, and even, found 4"),
         ({"llama.attention.value_length": 16}, r"value_length; expected 8.*found 16"),
-        ({"tokenizer.ggml.model": "llama"}, "found llama"),
+        ({"tokenizer.ggml.model": "rwkv"}, "found rwkv"),
         ({"tokenizer.ggml.add_space_prefix": True}, "space prefix"),
     ],
 )

@@ -32,7 +32,9 @@ GPT = {"vocab_size": 300, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions"
 }
 # Four layers: enough for three to be traced and one to be stamped.
 FOUR = {"num_hidden_layers": 4}
-GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 64}
+# Gemma multiplies its embedding by the square root of the hidden size: one that no short number is equal to.
+ROOT = {"head_dim": 16, "hidden_size": 96}
+GEMMA = {**ROOT, "query_pre_attn_scalar": 16, "sliding_window": 64}
 EXPERTS = {"num_experts": 2, "num_local_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 64}
 LLAMA_3 = {
     "rope_type": "llama3",
@@ -73,7 +75,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "ernie4_5": Architecture("Ernie4_5", {"head_dim": 16}),
     "exaone4, sliding window": Architecture("Exaone4", {"sliding_window": 64}),
     "falcon": Architecture("Falcon", {}, NO_GROUPS),
-    "gemma": Architecture("Gemma", {"head_dim": 16}),
+    "gemma": Architecture("Gemma", ROOT),
     "gemma2": Architecture("Gemma2", GEMMA),
     "gemma3_text": Architecture("Gemma3", GEMMA, config="Gemma3TextConfig"),
     "glm": Architecture("Glm", {"head_dim": 16}),

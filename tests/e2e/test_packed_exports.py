@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import packed_archives as archives
-from in_process import in_process
+from e2e.in_process import in_process
 from sparseport.errors import BadInput
 from sparseport.transit.contents import HEADER, read_contents
 from sparseport.transit.pack import Packed, pack

@@ -166,6 +166,13 @@ def test_ranks_are_looked_at_without_a_space_too(sketches):
     search_space(sketches["llama"], recipe.model_copy(update={"target_modules": ("up_proj",)}))
 
 
+def test_a_share_of_one_row_is_not_taken_for_the_row() -> None:
+    from sparseport.nls.space import _rows
+
+    with pytest.raises(BadInput, match="no multiple of 1 rows"):
+        _rows(FinetuneRecipe(widths=(0.5,), width_multiple=1), 1, "layer")
+
+
 @given(st.integers(1, 64), st.integers(1, 64), st.data())
 def test_widths_are_multiples_within_the_layer_or_refused(step: int, times: int, data: st.DataObject) -> None:
     from sparseport.nls.space import _rows

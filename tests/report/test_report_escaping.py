@@ -26,7 +26,7 @@ def everything_hostile(tmp_path: Path) -> str:
         linears={f"model.layers.0.{EVIL}": layer((8, 8), rule=EVIL, stored=f"u4 {EVIL}")},
         sparseport=EVIL,
         recipe={EVIL: EVIL, "sub_adapter": [EVIL, {EVIL: EVIL}]},
-        inputs={EVIL: {EVIL: EVIL}, "other": EVIL},
+        inputs={EVIL: {EVIL: EVIL}},
         origin={"base_model": {"name": f"owner/{EVIL}", "source": EVIL}},
         versions={EVIL: EVIL},
         files={f"{EVIL[:8]}x.bin": {"sha256": EVIL, "size": 3}},

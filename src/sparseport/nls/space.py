@@ -142,7 +142,7 @@ def _rows(recipe: FinetuneRecipe, whole: int, where: str) -> tuple[int, ...]:
                 "a width is above the layer's rows", where=where, expected=f"at most {whole}", found=size,
                 code="E_WIDTH",
             )  # fmt: skip
-        if size != whole and (abs(size - exact) > 1e-6 * whole or size % step):
+        if abs(size - exact) > 1e-6 * whole or (size != whole and size % step):
             near = [rows for rows in (below, below + step) if rows < whole] or [whole]
             raise BadInput(
                 f"a width is no multiple of {step} rows",

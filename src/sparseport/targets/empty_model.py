@@ -82,8 +82,10 @@ def empty_model(config: PretrainedConfig, dtype: str = "float16", attention: str
     _shrink(model, config)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
-            unset = float("nan") if buffer.is_floating_point() else 0
-            module._buffers[name] = torch.full_like(buffer, unset, device="cpu")
+            # Numbers that the model computes (frequencies, Gemma's scale of the embedding) in float32, as the reference
+            # of the logits has them: torch would round some of them to the parameters' dtype.
+            unset, kept = (float("nan"), torch.float32) if buffer.is_floating_point() else (0, buffer.dtype)
+            module._buffers[name] = torch.full_like(buffer, unset, device="cpu", dtype=kept)
     # What transformers itself runs after a load on the meta device. Parameters are still meta, so this costs nothing.
     model.initialize_weights()
     for name, buffer in model.named_buffers():

@@ -169,6 +169,7 @@ def _run_builder(network: Any, source: Path, target: Path) -> tuple[Any, dict[st
         JoinedLayers,
         TokenizerOrNone,
         build_heads_layer_by_layer,
+        scale_embedding_exactly,
         with_mean,
     )
 
@@ -198,6 +199,8 @@ def _run_builder(network: Any, source: Path, target: Path) -> tuple[Any, dict[st
     def load_weights(self: Any, path: str) -> Any:
         if heads is not None:
             build_heads_layer_by_layer(self, heads)
+        if network.config.model_type.startswith("gemma"):
+            scale_embedding_exactly(self)
         return network
 
     changes: dict[str, Any] = {

@@ -6,6 +6,7 @@ a model's settings are exchanged while it runs (`builder`).
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 
@@ -23,6 +24,13 @@ def build_heads_layer_by_layer(model: Any, heads: list[tuple[int, int]]) -> None
             setattr(model, name, value)
 
     model.make_layer = make_layer
+
+
+def scale_embedding_exactly(model: Any) -> None:
+    """Gemma's scale of the embedding, the square root of the hidden size, which the builder rounds to two decimals."""
+    exact = math.sqrt(model.hidden_size)
+    if model.embed_attrs["scale"] == round(exact, 2):
+        model.embed_attrs["scale"] = exact
 
 
 class JoinedLayers:
