@@ -11,6 +11,9 @@ WORKERS ?= 2
 BIN := .venv/bin
 READY := .venv/.ready
 
+# One thread of arithmetic for each test process: more of them wait for each other.
+test: export OMP_NUM_THREADS = 1
+
 # Nothing here may use the network after `make env`, or send usage data.
 export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from e2e.in_process import in_process
 from sparseport.pipeline import ExportResult, TargetExport, export
 from sparseport.recipe import Recipe, make_recipe
 
 Inputs = dict[str, Any]
+
+
+@pytest.fixture
+def light_steps(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The steps of an export run in the test's process, unless it is marked `processes`.
+
+    What session fixtures export is made in child processes either way: they are made before.
+    """
+    if request.node.get_closest_marker("processes"):
+        yield
+        return
+    with in_process():
+        yield
 
 
 @pytest.fixture(scope="session")

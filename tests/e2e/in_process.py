@@ -28,11 +28,13 @@ STEPS = {
     "sparseport.verify.switched": "compare_switched",
     "sparseport.checkpoints.gguf": "_convert",
     "sparseport.targets.block_defaults": "compare_blocks",
+    "sparseport.targets.openvino.nncf_step": "compress",
 }
 _USERS = (
     "sparseport.verify.judge",
     "sparseport.sources",
     "sparseport.cuts",
+    "sparseport.compress",
     "sparseport.targets.openvino.writer",
     "sparseport.targets.onnx.writer",
 )

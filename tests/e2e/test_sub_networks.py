@@ -148,6 +148,7 @@ def _shapes(certificate: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(facts["shape"]) for name, facts in {**certificate.linears, **certificate.tensors}.items()}
 
 
+@pytest.mark.usefixtures("light_steps")
 @pytest.mark.parametrize("sizes", [MIXED, [128, 2, 1] * 3 + [128, 2, 0]], ids=["mixed", "blocks only"])
 def test_generation_engines_write_the_masked_models_tokens(sizes: list[int], tiny_base: Path, tmp_path: Path) -> None:
     """OpenVINO GenAI and onnxruntime-genai with another number of heads in every cache."""

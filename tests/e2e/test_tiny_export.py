@@ -30,6 +30,8 @@ from sparseport.verify.folder import verify
 from sparseport.weights.linear import DenseWeight, QuantizedWeight
 from sparseport.weights.mask import revived
 
+pytestmark = pytest.mark.usefixtures("light_steps")
+
 
 def _found(folder: Path) -> dict[str, QuantizedWeight | DenseWeight]:
     model = readback.read_model(folder / "openvino_model.xml")
@@ -71,6 +73,7 @@ def test_verify_finds_no_difference(tiny_qa: Any) -> None:
     assert verify(tiny_qa[1].folder).differences == []
 
 
+@pytest.mark.processes
 def test_same_inputs_give_the_same_bytes(run_export: Any, tiny_qa_inputs: dict[str, Any]) -> None:
     results = [run_export(**tiny_qa_inputs, numerics=False)[1] for _ in range(2)]
     one, two = (result.folder for result in results)
@@ -120,6 +123,7 @@ def test_gptq_folder_alone(run_export: Any, tiny_int4: Path) -> None:
     assert any("no sparse base" in note for note in result.notes)
 
 
+@pytest.mark.processes
 def test_sparse_peft_leaves_as_fp16_sparse(run_export: Any, tiny_sp_inputs: dict[str, Any]) -> None:
     recipe, result = run_export(**tiny_sp_inputs)
     assert result.certificate.totals["sparsity"] == "0.500000"
@@ -157,6 +161,7 @@ def test_nncf_keeps_the_mask(
     assert verify(result.folder).differences == []
 
 
+@pytest.mark.processes
 def test_nncf_gptq_is_refused_or_repaired(run_export: Any, tiny_sp_inputs: dict[str, Any], tmp_path: Path) -> None:
     lines = tmp_path / "lines.txt"
     lines.write_text("\n".join(f"sample {i}: the quick brown fox jumps over {i * 7} lazy dogs" for i in range(8)))
@@ -224,6 +229,7 @@ def test_interrupted_export_leaves_nothing(
             time.sleep(0.02)
 
 
+@pytest.mark.processes
 def test_int8_embedding_leaves_int4_layers_alone(run_export: Any, tiny_qa: Any, tiny_qa_inputs: dict[str, Any]) -> None:
     _, result = run_export(**tiny_qa_inputs, embedding="int8")
     plain = tiny_qa[1].certificate.linears
