@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sparseport.bench import energy
-from sparseport.bench.subjects import Contender, Subject, contenders, subjects_of
+from sparseport.bench.subjects import Contender, Subject, contenders, subjects_at, subjects_of
 from sparseport.bench.traffic import bytes_per_token
 from sparseport.errors import BadInput, UsageError
 from sparseport.verify.certificate import Certificate
@@ -52,6 +52,17 @@ def test_a_folder_of_two_targets_stands_for_both(tmp_path: Path) -> None:
         ("out/openvino", "openvino"),
         ("out/onnx", "onnx"),
     ]
+
+
+def test_folders_of_one_name_have_labels_of_their_own(tmp_path: Path) -> None:
+    paths = [openvino(tmp_path / "one" / "out"), openvino(tmp_path / "two" / "out"), onnx(tmp_path / "other")]
+    assert [one.label for one in subjects_at(paths)] == ["one/out", "two/out", "other"]
+    (alone,) = subjects_at(paths[:1])
+    assert alone.label == "out" and subjects_at([alone]) == [alone]
+    deep = [openvino(tmp_path / name / "a" / "b" / "c" / "d") for name in "xy"]
+    assert len({one.label for one in subjects_at(deep)}) == 2
+    with pytest.raises(BadInput, match="named twice"):
+        subjects_at([paths[0], str(paths[0])])
 
 
 def test_what_cannot_be_run_is_refused(tmp_path: Path) -> None:

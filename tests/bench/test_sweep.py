@@ -13,7 +13,7 @@ from sparseport.bench.knobs import SPARSE_WEIGHTS, combinations, stages
 from sparseport.bench.rounds import Asked, Samples
 from sparseport.bench.subjects import Contender, Subject
 from sparseport.bench.sweep import Budget, faster, sweep
-from sparseport.errors import SparseportError, UsageError
+from sparseport.errors import EnvironmentProblem, SparseportError, UsageError
 
 ROW = Contender(Subject(Path("out"), "openvino", "out"), "openvino-genai")
 STAGES = [{"INFERENCE_PRECISION_HINT": [None, "f32"], "DYNAMIC_QUANTIZATION_GROUP_SIZE": [None, 0, 64]},
@@ -142,9 +142,35 @@ def test_groups_of_the_weights_are_among_the_values() -> None:
     """OpenVINO quantises activations only in groups that divide those of the weights."""
     first = stages("openvino-genai", [128], cores=4)[0]
     assert list(first["DYNAMIC_QUANTIZATION_GROUP_SIZE"]) == [None, 0, 32, 128]
-    threads = stages("openvino-genai", [64], cores=4)[-1]["INFERENCE_NUM_THREADS"]
-    assert list(threads) == [None, 2, 4]
+    later = {name: values for stage in stages("openvino-genai", [64], cores=4) for name, values in stage.items()}
+    assert list(later["INFERENCE_NUM_THREADS"]) == [None, 2, 4]
+    assert list(later["NUM_STREAMS"]) == [None, 2]
     assert list(stages("onnxruntime-genai", [], cores=1)[0]["intra_op_num_threads"]) == [None, 1]
+
+
+@pytest.mark.parametrize("engine", ["openvino-genai", "onnxruntime-genai"])
+def test_threads_that_were_given_are_not_tried(engine: str) -> None:
+    names = {name for stage in stages(engine, [64], 4, fixed_threads=True) for name in stage}
+    assert names and not any("threads" in name.lower() for name in names)
+
+
+def test_settings_that_cannot_be_had_are_left_out() -> None:
+    """A plugin that refuses a value costs that value and not the sweep."""
+
+    def drift_of(one: Contender) -> dict[str, float]:
+        if one.settings.get("KV_CACHE_PRECISION") == "u8":
+            raise EnvironmentProblem("the plugin refuses it")
+        return {"kl": 0.0, "max_abs": 0.0, "top1": 1.0}
+
+    def measure(one: Contender, asked: Asked, seed: int) -> dict[str, Any]:
+        return {"decode_ms": 1.0, "first_token_ms": 1.0}
+
+    tried, best = sweep(ROW, [{"KV_CACHE_PRECISION": [None, "u8", "f16"]}], Budget(1, 0), Asked(), drift_of,
+                        measure=measure)  # fmt: skip
+    assert best is not None
+    (left_out,) = [one for one in tried if one.failed]
+    assert (left_out.drift, left_out.within, left_out.runs) == (None, False, [])
+    assert "refuses" in str(left_out.failed)
 
 
 def test_sparse_weights_are_tried_where_amx_can_use_them() -> None:

@@ -24,7 +24,7 @@ from sparseport.bench.sweep import Budget
 from sparseport.bench.sweeping import sweep_folders
 from sparseport.checkpoints.json_files import read_json
 from sparseport.cli import main
-from sparseport.errors import BadInput, UsageError, VerificationError
+from sparseport.errors import BadInput, FidelityError, UsageError, VerificationError
 from sparseport.verify.certificate import Certificate
 from sparseport.verify.folder import verify
 
@@ -126,12 +126,21 @@ def test_drift_is_zero_at_full_precision_and_not_elsewhere(
     assert measure_drift(onnx, tmp_path / "reference.npy", tokens, tmp_path)["kl"] < 1e-9
 
 
+def written_into(folder: Path) -> dict[str, str]:
+    """What a runtime takes from a folder by itself."""
+    if (folder / "openvino_model.xml").is_file():
+        return runtime_options((folder / "openvino_model.xml").read_text(encoding="utf-8"))
+    decoder = read_json(folder / "genai_config.json", what="")["model"]["decoder"]
+    return {name: str(value) for name, value in decoder["session_options"].items()}
+
+
 def test_a_sweep_writes_its_settings_where_runtimes_find_them(folder: Path, without_children: None) -> None:
     """Made-up speeds: half of the threads and quantised activations win. The folders verify afterwards."""
 
     def measure(row: Contender, asked: Asked, seed: int) -> dict[str, Any]:
-        fast = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 32, "intra_op_num_threads": 1}
-        decode = 10.0 - sum(row.settings.get(name) == value for name, value in fast.items())
+        fast = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "32", "intra_op_num_threads": "1"}
+        now = {**written_into(row.subject.path), **{name: str(value) for name, value in row.settings.items()}}
+        decode = 10.0 - sum(now.get(name) == value for name, value in fast.items())
         names = ("load_s", "prefill_tokens_s", "decode_tokens_s", "peak_mib")
         return {"decode_ms": decode, "first_token_ms": 1.0, "energy_j": None, **dict.fromkeys(names, 1.0)}
 
@@ -142,6 +151,13 @@ def test_a_sweep_writes_its_settings_where_runtimes_find_them(folder: Path, with
         mock.patch("sparseport.bench.sweeping.drift_tokens", lambda *_: list(range(20, 60))),
     ):
         result = sweep_folders([folder], Budget(10.0, 0.0), asked=QUICK, write=True, numerics=False)
+        # The same again: what the first one wrote is not the engine's own.
+        again = sweep_folders([folder], Budget(10.0, 0.0), asked=QUICK, write=True, numerics=False)
+        unwritten = sweep_folders([folder / "openvino"], Budget(10.0, 0.0), asked=QUICK, write=False)
+    assert [sweep["settings"] for sweep in again["sweeps"]] == [sweep["settings"] for sweep in result["sweeps"]]
+    assert [sweep["written"] for sweep in again["sweeps"]] == [True, True]
+    assert unwritten["sweeps"][0]["written"] is False
+    assert not list(folder.glob(".sweep-*"))
     assert [sweep["written"] for sweep in result["sweeps"]] == [True, True]
     assert result["sweeps"][0]["settings"]["DYNAMIC_QUANTIZATION_GROUP_SIZE"] == 32
     assert result["sweeps"][1]["settings"] == {"intra_op_num_threads": 1}
@@ -153,6 +169,8 @@ def test_a_sweep_writes_its_settings_where_runtimes_find_them(folder: Path, with
         assert evidence["sweep"]["settings"]
         assert EVIDENCE in Certificate.read(folder / name).files
         assert str(folder.parent) not in json.dumps(evidence)
+        assert evidence["at_rest"]["kl"] <= 10
+        assert Certificate.read(folder / name).body["numerics"] == {"run": False}
     # OpenVINO takes the setting from the IR, without being told.
     names = ["DYNAMIC_QUANTIZATION_GROUP_SIZE"]
     assert taken_properties(str(folder / "openvino"), names) == {names[0]: "32"}
@@ -177,6 +195,16 @@ def test_settled_numerics_are_those_of_the_new_settings(folder: Path, without_ch
     text = (folder / "openvino" / "openvino_model.xml").read_text(encoding="utf-8")
     assert runtime_options(text)["KV_CACHE_PRECISION"] == "u8"
     assert "ACTIVATIONS_SCALE_FACTOR" in runtime_options(text), "an option that was there is gone"
+
+
+def test_a_folder_that_drifts_by_itself_stays_as_it_was(folder: Path, without_children: None) -> None:
+    def too_much(stage: Path) -> dict[str, float]:
+        assert "KV_CACHE_PRECISION" in (stage / "openvino_model.xml").read_text(encoding="utf-8")
+        raise FidelityError("outside of the budget")
+
+    with pytest.raises(FidelityError):
+        settle(folder / "openvino", {"KV_CACHE_PRECISION": "u8"}, {}, at_rest=too_much)
+    assert verify(folder / "openvino").ok and not (folder / "openvino" / EVIDENCE).exists()
 
 
 def test_a_changed_folder_is_not_settled(folder: Path) -> None:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sparseport import __version__
 from sparseport.bench.rounds import Asked
 from sparseport.bench.run import bench, check_asked
-from sparseport.bench.subjects import contenders, subjects_of
+from sparseport.bench.subjects import Subject, contenders, subjects_at
 from sparseport.errors import EnvironmentProblem, FidelityError, SparseportError, UsageError
 from sparseport.progress import Progress
 from sparseport.ray_cluster import connected
@@ -72,12 +72,12 @@ def bench_fleet(
     """
     asked, progress = asked or Asked(), progress or Progress("quiet")
     check_asked(asked)
-    subjects = [one for path in paths for one in subjects_of(Path(path))]
+    subjects = subjects_at(paths)
     contenders(subjects, list(engines) if engines else None)
     with connected(cpus=1, object_store=_STORE) as ray:
         nodes = alive(ray.nodes())
         with progress.task("sending files"):
-            folders = [_sent(ray, one.path, one.label) for one in subjects]
+            folders = [(one, _sent(ray, one.path)) for one in subjects]
         options = {"engines": engines, "asked": asked, "bandwidth": bandwidth}
 
         def start(node: Node) -> Any:
@@ -156,8 +156,8 @@ def _next(ray: Any, tasks: list[Any]) -> tuple[Any, dict[str, Any] | str]:
     return ready, answer["result"] if "result" in answer else str(answer["error"])
 
 
-def _sent(ray: Any, path: Path, label: str) -> tuple[str, list[Travelling]]:
-    """A subject's files in the object store, under the last part of its label."""
+def _sent(ray: Any, path: Path) -> list[Travelling]:
+    """A subject's files in the object store."""
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     found = []
     for file in files:
@@ -168,7 +168,7 @@ def _sent(ray: Any, path: Path, label: str) -> tuple[str, list[Travelling]]:
             pieces.append(ray.put(piece))
         inner = file.name if path.is_file() else file.relative_to(path).as_posix()
         found.append(Travelling(inner, tuple(pieces), digest.hexdigest()))
-    return label, found
+    return found
 
 
 def _pieces(file: Path) -> Iterator[bytes]:
@@ -203,7 +203,9 @@ def arrived(folder: Path, label: str, files: Sequence[Travelling], fetch: Callab
     return target
 
 
-def _on_machine(folders: list[tuple[str, list[Travelling]]], options: dict[str, Any], version: str) -> dict[str, Any]:
+def _on_machine(
+    folders: list[tuple[Subject, list[Travelling]]], options: dict[str, Any], version: str
+) -> dict[str, Any]:
     """What runs on a machine: files in, the bench's result or an error out."""
     import ray
 
@@ -211,7 +213,11 @@ def _on_machine(folders: list[tuple[str, list[Travelling]]], options: dict[str, 
         return {"error": f"sparseport {__version__} is installed there, {version} here"}
     with tempfile.TemporaryDirectory() as name:
         try:
-            paths = [arrived(Path(name), label, files, ray.get) for label, files in folders]
-            return {"result": bench(paths, **options)}
+            subjects = [
+                # A folder each, so that equal names of files cannot meet; the label is the sender's.
+                replace(one, path=arrived(Path(name) / str(number), one.path.name, files, ray.get))
+                for number, (one, files) in enumerate(folders)
+            ]
+            return {"result": bench(subjects, **options)}
         except SparseportError as error:
             return {"error": str(error)}

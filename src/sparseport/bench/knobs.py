@@ -28,6 +28,7 @@ def stages(
     cores: int | None = None,
     sparsity: float = 0.0,
     flags: Sequence[str] | None = None,
+    fixed_threads: bool = False,
 ) -> list[Stage]:
     """What to try, stage by stage; each stage goes on from the best of the one before.
 
@@ -38,11 +39,12 @@ def stages(
         cores: processors to use; those of this machine by default.
         sparsity: share of zeros among the weights.
         flags: instruction sets; those of this machine by default.
+        fixed_threads: the number of threads was given and is not tried.
     """
     threads = _threads(cores or int(processor()["cores"] or 1))
     if engine == "onnxruntime-genai":
         return [
-            {"intra_op_num_threads": [None, *threads]},
+            *([] if fixed_threads else [{"intra_op_num_threads": [None, *threads]}]),
             {"session.intra_op.allow_spinning": [None, "0"]},
         ]
     flags = describe()["flags"] if flags is None else flags
@@ -60,7 +62,8 @@ def stages(
         },
         {"KV_CACHE_PRECISION": [None, "u8", "f16"]},
         *sparse,
-        {"INFERENCE_NUM_THREADS": [None, *threads]},
+        *([] if fixed_threads else [{"INFERENCE_NUM_THREADS": [None, *threads]}]),
+        {"NUM_STREAMS": [None, 2]},
     ]
 
 

@@ -89,6 +89,8 @@ def write_dequantised(subject: Subject, output: Path) -> None:
 def optimum_int4(checkpoint: Path, output: Path) -> None:
     """optimum-cli's INT4, every layer in groups of 64 (its default of 128 refuses small models)."""
     cli = Path(sys.executable).with_name("optimum-cli")
+    if not cli.is_file():
+        raise EnvironmentProblem("optimum-cli is not installed beside this Python", where=cli.name)
     options = ["--task", "text-generation-with-past", "--weight-format", "int4", "--ratio", "1.0"]
     _run([str(cli), "export", "openvino", "--model", str(checkpoint), *options, "--group-size", str(GROUP_SIZE),
           str(output)])  # fmt: skip
@@ -117,7 +119,7 @@ def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
-        name = next(part for part in command if "/" not in part and not part.startswith("-"))
+        name = "the model builder" if "-m" in command[:2] else Path(command[0]).name
         raise EnvironmentProblem(f"{name} failed", found=lines[-1] if lines else f"status {done.returncode}")
 
 

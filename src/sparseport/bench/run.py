@@ -12,7 +12,7 @@ from sparseport import __version__
 from sparseport.bench.engines import missing_engines
 from sparseport.bench.peers import make_peers
 from sparseport.bench.rounds import Asked, Samples, measure_rounds
-from sparseport.bench.subjects import Contender, contenders, subjects_of
+from sparseport.bench.subjects import Contender, Subject, contenders, subjects_at
 from sparseport.bench.traffic import bytes_per_token
 from sparseport.child import Child
 from sparseport.errors import EnvironmentProblem, UsageError
@@ -29,7 +29,7 @@ FIGURES = ("decode_ms", "decode_tokens_s", "first_token_ms", "prefill_tokens_s",
 
 
 def bench(
-    paths: Sequence[Path | str],
+    paths: Sequence[Path | str | Subject],
     *,
     engines: Sequence[str] | None = None,
     devices: Sequence[str] | None = None,
@@ -60,7 +60,7 @@ def bench(
     """
     asked, progress = asked or Asked(), progress or Progress("quiet")
     check_asked(asked)
-    rows = contenders([one for path in paths for one in subjects_of(Path(path))], list(engines) if engines else None)
+    rows = contenders(subjects_at(paths), list(engines) if engines else None)
     rows, missing = _installed(rows, asked_for=engines is not None)
     found = find_devices(rows)
     rows = _on_devices(rows, found, devices)

@@ -8,7 +8,11 @@ Runtime's stand in `genai_config.json`, which onnxruntime-genai reads. The evide
 from __future__ import annotations
 
 import json
+import os
 import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import quoteattr
@@ -17,6 +21,8 @@ from sparseport.bench.knobs import Settings
 from sparseport.checkpoints.json_files import read_json, write_json
 from sparseport.child import Child
 from sparseport.errors import BadInput, FidelityError
+from sparseport.model_card.text import FILE_NAME as CARD
+from sparseport.model_card.writing import with_card
 from sparseport.progress import Progress
 from sparseport.publish import copy_linked, staged_output
 from sparseport.verify.certificate import FILE_NAME, Certificate, certified_folders, file_facts
@@ -39,6 +45,7 @@ def settle(
     settings: Settings,
     evidence: dict[str, Any],
     *,
+    at_rest: Callable[[Path], dict[str, float]] | None = None,
     numerics: bool = True,
     progress: Progress | None = None,
 ) -> Certificate:
@@ -48,7 +55,10 @@ def settle(
         folder: an exported folder of one target, unchanged since.
         settings: what a sweep chose; without any, earlier ones are taken back.
         evidence: what the sweep measured, as plain data.
-        numerics: whether logits at the new default settings are compared with the reference again.
+        at_rest: measures the drift of the folder as applications find it, and raises if it is too much. The evidence
+            gets it as `at_rest`: some settings have no place in a folder that every application looks at.
+        numerics: whether logits at the new default settings are compared with the reference again. Without it, the
+            certificate says of changed settings that they were not compared.
         progress: where to report steps.
 
     Returns:
@@ -65,6 +75,9 @@ def settle(
         copy_linked(folder, stage)
         write = _write_onnx if before.target == "onnx" else _write_openvino
         changed, replaced = write(stage, settings, _replaced(stage))
+        if at_rest is not None:
+            with progress.task("drift of the folder by itself"):
+                evidence = {**evidence, "at_rest": at_rest(stage)}
         _replace(stage / EVIDENCE, json.dumps({**evidence, "replaced": replaced}, indent=2) + "\n")
         body = dict(before.body)
         body["files"] = dict(before.files)
@@ -75,11 +88,33 @@ def settle(
         if numerics and body["numerics"].get("run"):
             with progress.task("comparing logits"):
                 body["numerics"] = check_numerics(stage, before.target, before.portable, sorted(before.adapters))
-        sealed = Certificate(body)
+        elif any(body["files"].get(name) != before.files.get(name) for name in changed):
+            body["numerics"] = {"run": False}
+        # A card that shows measured logits and speeds would show those of other settings.
+        sealed = with_card(Certificate(body), stage) if CARD in before.files else Certificate(body)
         (stage / FILE_NAME).unlink()
         sealed.write(stage)
         require(verify(stage))
     return sealed
+
+
+@contextmanager
+def unsettled(folder: Path) -> Iterator[Path]:
+    """The folder as it was before any sweep: itself, or for as long as the block runs a copy beside it.
+
+    The copy's files are links to the folder's, where the file system has them.
+    """
+    if not (folder / EVIDENCE).is_file():
+        yield folder
+        return
+    beside = folder.absolute().parent
+    with tempfile.TemporaryDirectory(prefix=".sweep-", dir=beside if os.access(beside, os.W_OK) else None) as name:
+        copy = Path(name) / folder.absolute().name
+        copy_linked(folder, copy)
+        write = _write_onnx if Certificate.read(folder).target == "onnx" else _write_openvino
+        write(copy, {}, _replaced(copy))
+        (copy / EVIDENCE).unlink()
+        yield copy
 
 
 def runtime_options(xml: str) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,8 @@ ENGINES: dict[Kind, tuple[str, ...]] = {
 }
 """Which engines run what, the one that applications use first."""
 
+# So many parts of a path tell folders of one name apart; after that they are numbered.
+_DEEPEST = 4
 _LOOKED_FOR = "openvino_model.xml, genai_config.json, model.safetensors or a .gguf file"
 
 
@@ -78,6 +81,30 @@ class Contender:
         settings = ", ".join(f"{key}={value}" for key, value in sorted(self.settings.items()))
         device = "" if self.device == "CPU" else f" on {self.device}"
         return f"{self.subject.label}, {self.engine}{device}" + (f" ({settings})" if settings else "")
+
+
+def subjects_at(paths: Sequence[Path | str | Subject]) -> list[Subject]:
+    """The subjects at several paths, each with a label of its own; a subject is taken as it is.
+
+    Raises:
+        BadInput: there is nothing that an engine runs; or a path is named twice.
+    """
+    found = [one for path in paths for one in ([path] if isinstance(path, Subject) else subjects_of(Path(path)))]
+    places = [one.path.resolve() for one in found]
+    for one, place in zip(found, places, strict=True):
+        if places.count(place) > 1:
+            raise BadInput("a path is named twice", where=one.path)
+    for depth in range(2, _DEEPEST + 1):
+        labels = [one.label for one in found]
+        found = [
+            one if labels.count(one.label) == 1 else replace(one, label="/".join(place.parts[1:][-depth:]))
+            for one, place in zip(found, places, strict=True)
+        ]
+    labels = [one.label for one in found]
+    return [
+        one if labels.count(one.label) == 1 else replace(one, label=f"{one.label} ({number})")
+        for number, one in enumerate(found, 1)
+    ]
 
 
 def subjects_of(path: Path) -> list[Subject]:

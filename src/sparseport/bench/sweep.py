@@ -13,7 +13,7 @@ from typing import Any, Literal
 from sparseport.bench.knobs import NUMERIC, Settings, Stage, combinations
 from sparseport.bench.rounds import Asked, Samples, measure_rounds
 from sparseport.bench.subjects import Contender
-from sparseport.errors import UsageError
+from sparseport.errors import SparseportError, UsageError
 from sparseport.figures import paired_ratio
 
 Prefer = Literal["decode", "prefill"]
@@ -56,7 +56,7 @@ class Tried:
     """Settings that were tried: what they drift, and what was measured unless that was too much."""
 
     settings: Settings
-    drift: Drift
+    drift: Drift | None
     within: bool
     runs: list[dict[str, Any]]
     failed: str | None = None
@@ -99,12 +99,18 @@ def sweep(
             drifts[key] = drift_of(replace(row, settings=settings))
         return drifts[key]
 
+    def candidate(settings: Settings) -> Tried:
+        try:
+            found = drift(settings)
+        except SparseportError as error:  # a plugin that does not take them
+            return Tried(settings, None, False, [], str(error))
+        return Tried(settings, found, budget.allows(found), [])
+
     tried: list[Tried] = []
     best: Settings | None = None
     for stage in stages:
         start = best or {}
-        candidates = [Tried(settings, found := drift(settings), budget.allows(found), []) for settings in
-                      combinations(stage, start)]  # fmt: skip
+        candidates = [candidate(settings) for settings in combinations(stage, start)]
         inside = [one for one in candidates if one.within]
         rows = [replace(row, settings=one.settings) for one in inside]
         stage_asked = replace(asked, rounds=min(asked.rounds, _STAGE_ROUNDS))

@@ -17,6 +17,9 @@ BITS = (4, 8, 16, 32, 64)
 PIECE_BYTES, PIECE_ELEMENTS = 8 << 20, 4 << 20
 """Bytes of no known structure, and elements, that are packed at once: what one piece needs in memory goes with them."""
 
+# Rows of zero-points may have room behind them, but not any amount: 4 times their length, or 64 elements.
+_WIDEST_PITCH, _LEAST_PITCH = 4, 64
+
 
 @dataclass(frozen=True)
 class Points:
@@ -67,6 +70,10 @@ class Elements:
         if points is None:
             return True
         if min(points.offset, points.pitch - 1, points.rows - 1, points.columns - 1) < 0 or self.bits > 8:
+            return False
+        # No wider than a row, and rows of them close together: what is read at once stays as small as the piece.
+        across = (self.columns - 1) // points.columns + 1
+        if points.columns > self.columns or points.pitch > max(_WIDEST_PITCH * across, _LEAST_PITCH):
             return False
         rows = size * 8 // (self.bits * self.columns)
         last = (rows - 1) // points.rows * points.pitch + (self.columns - 1) // points.columns

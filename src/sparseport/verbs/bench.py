@@ -8,13 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sparseport.errors import OutputExists, UsageError
+from sparseport.errors import EnvironmentProblem, FidelityError, OutputExists, UsageError
 from sparseport.progress import Progress
 
 NAME = "bench"
 HELP = "Measure folders on this machine: speed, memory, load time; a fresh process each time, in interleaved rounds."
 EXAMPLE = "sparseport bench out --rounds 5 --output bench.json"
 _WIDE = 180
+_KL, _TOP1 = 0.02, 0.95
 
 
 def add_bench(verb: argparse.ArgumentParser) -> None:
@@ -43,9 +44,9 @@ def add_bench(verb: argparse.ArgumentParser) -> None:
     )
     swept = verb.add_argument_group("find the fastest settings of exported folders on this machine")
     swept.add_argument("--sweep", action="store_true", help="try runtime settings, each with its drift")
-    swept.add_argument("--kl", type=float, default=0.02, metavar="NATS", help="drift allowed: mean KL (default 0.02)")
-    swept.add_argument("--top1", type=float, default=0.95, metavar="SHARE", help="and top-1 agreement (default 0.95)")
-    swept.add_argument("--prefer", choices=["decode", "prefill"], default="decode", help="what has to be fast")
+    swept.add_argument("--kl", type=float, metavar="NATS", help="drift allowed: mean KL (default 0.02)")
+    swept.add_argument("--top1", type=float, metavar="SHARE", help="and top-1 agreement (default 0.95)")
+    swept.add_argument("--prefer", choices=["decode", "prefill"], help="what has to be fast (default decode)")
     swept.add_argument("--write", action="store_true", help="write each folder's best settings into it, with evidence")
     swept.add_argument("--text", type=Path, metavar="FILE", help="text to measure drift on (default: one of ours)")
     swept.add_argument("--no-numerics", action="store_true", help="skip the logit check of folders that are written")
@@ -86,15 +87,16 @@ def run_bench(options: argparse.Namespace) -> int:
             peers=options.peers,
             progress=progress,
         )
-    if options.output is not None:
-        write_result(options.output, result)
     if options.json:
         print(json.dumps(result, indent=2))
     elif options.fleet:
         show_fleet(result)
     else:
         show_bench(result)
-    return 0
+    if options.output is not None:
+        write_result(options.output, result)  # last: what was measured is shown even if the disk is full
+    unwritten = options.write and any(not one["written"] for one in result["sweeps"])
+    return FidelityError.exit_code if unwritten else 0
 
 
 def _swept(options: argparse.Namespace, asked: Any, progress: Progress) -> dict[str, Any]:
@@ -103,9 +105,9 @@ def _swept(options: argparse.Namespace, asked: Any, progress: Progress) -> dict[
 
     return sweep_folders(
         options.paths,
-        Budget(options.kl, options.top1),
+        Budget(_KL if options.kl is None else options.kl, _TOP1 if options.top1 is None else options.top1),
         asked=asked,
-        prefer=options.prefer,
+        prefer=options.prefer or "decode",
         peers=options.peers,
         write=options.write,
         numerics=not options.no_numerics,
@@ -128,8 +130,8 @@ def _refuse_options(options: argparse.Namespace) -> None:
     Raises:
         UsageError: names the option.
     """
-    given = {name for name, value in vars(options).items() if value}
-    if not options.sweep and given & {"write", "text", "no_numerics"}:
+    given = {name for name, value in vars(options).items() if value not in (None, False, [])}
+    if not options.sweep and given & {"write", "text", "no_numerics", "kl", "top1", "prefer"}:
         raise UsageError("only a sweep has settings to write and a drift to measure", fix="add --sweep")
     for mode, alien in (("sweep", {"engine", "device", "no_bandwidth", "fleet"}), ("fleet", {"device", "peers"})):
         if mode in given and given & alien:
@@ -170,11 +172,17 @@ def refuse_existing(output: Path | None, overwrite: bool) -> None:
 
 
 def write_result(output: Path, result: dict[str, Any]) -> None:
-    """Write a result beside its place and rename it: it is there whole or not at all."""
+    """Write a result beside its place and rename it: it is there whole or not at all.
+
+    Raises:
+        EnvironmentProblem: the file cannot be written.
+    """
     stage = output.with_name(f".{output.name}.part")
     try:
         stage.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         stage.replace(output)
+    except OSError as error:
+        raise EnvironmentProblem("the result cannot be written", where=output, found=error) from error
     finally:
         stage.unlink(missing_ok=True)
 
@@ -206,7 +214,8 @@ def show_bench(result: dict[str, Any]) -> None:
         settings = ", ".join(f"{name}={value}" for name, value in found["settings"].items())
         chosen = (settings or "its engine's own settings") if found["within"] else "no settings within the budget"
         written = "; written into the folder" if found["written"] else ""
-        console.print(f"{printable(found['model'])}: {printable(chosen)}{written}", soft_wrap=True)
+        why = f"; not written: {printable(found['why'])}" if found["why"] else ""
+        console.print(f"{printable(found['model'])}: {printable(chosen)}{written}{why}", soft_wrap=True)
     if result.get("chosen"):
         console.print(f"fastest within the budget: {printable(result['chosen'])}", soft_wrap=True)
 

@@ -179,14 +179,13 @@ def empty_cache(folder: Path, inputs: list[str]) -> dict[str, F32]:
     """A KV cache of no tokens for the inputs of a graph: float32 [1, KV heads, 0, head size] each.
 
     `genai_config.json` has one number of heads for all blocks; a sub-network's config.json knows those that have fewer.
+    Folders of the model builder itself have no config.json, and no such blocks.
     """
+    config = folder / "config.json"
+    shapes = smaller_shapes(read_json(config, what="config.json")) if config.is_file() else {}
     decoder = _decoder(folder)
     size = int(decoder["head_size"])
-    heads = {
-        block_of(name): shape[0] // size
-        for name, shape in smaller_shapes(read_json(folder / "config.json", what="config.json")).items()
-        if name.endswith(".k_proj")
-    }
+    heads = {block_of(name): shape[0] // size for name, shape in shapes.items() if name.endswith(".k_proj")}
     every = int(decoder["num_key_value_heads"])
     names = [name for name in inputs if name.startswith("past_key_values")]
     return {name: np.zeros((1, heads.get(block_of(name), every), 0, size), np.float32) for name in names}
