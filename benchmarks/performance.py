@@ -4,7 +4,7 @@
     python benchmarks/performance.py --work-dir demo --model tinyllama --scratch DIR
 
 Each model is exported exact and fast (ONNX Runtime's products, 8-bit embedding), swept within a budget of drift, and
-measured in interleaved rounds with peers made from the same weights. Results go into
+measured in interleaved rounds with peers made from the same weights, which run at their own settings. Results go into
 benchmarks/results/performance_MODEL.json, and the table of every model measured so far into README.md, between the
 markers `performance`.
 """
@@ -107,7 +107,7 @@ def markdown(result: dict[str, Any]) -> str:
                 _range(row["first_token_ms"]),
                 f"{row['ratio']['first_token']:.2f}",
                 "" if row["limit"] is None else f"{row['limit']['reached']:.0%}",
-                f"{row['peak_mib']['median']:.0f}",
+                "" if row["peak_mib"] is None else f"{row['peak_mib']['median']:.0f}",
                 f"{row['size_bytes'] / 2**20:.0f}",
                 f"{row['drift']['kl']:.1e}",
                 f"{row['drift']['top1']:.1%}",
@@ -129,10 +129,13 @@ def section() -> str:
             f"{one['model']}: {', '.join(f'`{k}={v}`' for k, v in one['settings'].items()) or 'its own settings'}"
             for one in result["sweeps"]
         ]
+        absent = [f"no {one['engine']} ({one['why']})" for one in result["missing"]]
+        absent += [f"{one['label']} failed ({one['why']})" for one in result["failed"]]
+        unmeasured = f" Not measured: {'; '.join(absent)}." if absent else ""
         parts.append(
             f"{title} ({machine['processor']}, {machine['cores']} cores, {', '.join(machine['flags'])}; memory read at"
             f" {machine['bandwidth_gb_s']['median']:.0f} GB/s; budget KL {budget['kl']}, top-1 {budget['top1']:.0%}):"
-            f"\n\n{markdown(result)}\n\nSettings that the sweep chose: {'; '.join(found)}.\n"
+            f"\n\n{markdown(result)}\n\nSettings that the sweep chose: {'; '.join(found)}.{unmeasured}\n"
         )
     return "\n".join(parts)
 

@@ -4,12 +4,12 @@
     python benchmarks/speculation.py --costs MAIN DRAFT [DRAFT ...]
 
 The first form exports the whole super-network with each draft (minimal, heuristic, the minimal one in INT4, and what a
-search chose), lets the runtime generate without a draft and with 1 to 5 drafted tokens, in turns prompt by prompt, and
-compares: tokens, the runtime's own counts of proposed and accepted ones, times. Half of the prompts are the demo task's
-(answers end where they end), half are beginnings of sentences (generation goes on to the full length). Beside that: how
-often the draft would have said the main network's tokens, what a step of each network costs, and the speed-up that
-follows from both, replayed on these answers and by the formula (see sparseport.nls.speculation). Steps are timed in
-the models alone; generation has its scheduler and its paged attention on top.
+search chose), lets the runtime generate without a draft and with 1 to 5 drafted tokens, all ways in another order for
+each prompt, and compares: tokens, the runtime's own counts of proposed and accepted ones, times. Half of the prompts
+are the demo task's (answers end where they end), half are beginnings of sentences (generation goes on to the full
+length). Beside that: how often the draft would have said the main network's tokens, what a step of each network costs,
+and the speed-up that follows from both, replayed on these answers and by the formula (see sparseport.nls.speculation).
+Steps are timed in the models alone; generation has its scheduler and its paged attention on top.
 
 The second form only measures costs of folders that exist already, such as those of sub_networks.py, and shows from
 which acceptance on it pays.
@@ -18,6 +18,7 @@ which acceptance on it pays.
 from __future__ import annotations
 
 import argparse
+import random
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -185,11 +186,16 @@ def compared(
     engine.generate(prompts[0], 4, options.lengths[0], True)  # both have compiled what they need
     tallies = {(k, kind): Tally() for k in options.lengths for kind in ("task", "text")}
     answers = []
+    shuffle = random.Random(0).shuffle
     for number, (prompt, kind) in enumerate(zip(prompts, kinds, strict=True)):
-        plain = engine.generate(prompt, options.tokens, 0, kind == "text")
+        # Another order for every prompt: the first to read a new prompt pays for it.
+        ways = [0, *options.lengths]
+        shuffle(ways)
+        said = {k: engine.generate(prompt, options.tokens, k, kind == "text") for k in ways}
+        plain = said[0]
         answers.append(plain.tokens)
         for k in options.lengths:
-            drafted = engine.generate(prompt, options.tokens, k, kind == "text")
+            drafted = said[k]
             wrong = None if drafted.tokens == plain.tokens else difference(main_folder, number, prompt, plain, drafted)
             tallies[k, kind].add(plain, drafted, wrong)
         print(f"\r{number + 1} of {len(prompts)} prompts", end="", file=sys.stderr, flush=True)

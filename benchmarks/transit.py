@@ -61,11 +61,15 @@ def ours(folder: Path, scratch: Path) -> dict[str, Any]:
     middle = seconds()
     unpack(scratch / "a.sparseport", scratch / "out")
     after = seconds()
-    same = {path.name: path.stat().st_size for path in (scratch / "out").rglob("*")}
-    assert same == {path.name: path.stat().st_size for path in folder.rglob("*")}
+    assert sizes(scratch / "out") == sizes(folder)
     shutil.rmtree(scratch / "out")
     elements = [tally.as_dict() for tally in packed.tallies]
     return {"size": packed.size, "pack_s": middle - before, "unpack_s": after - middle, "elements": elements}
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file, by its path in the folder."""
+    return {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
 
 
 def theirs(folder: Path, scratch: Path, write: Callable[[Path, BinaryIO], None], read: Reader) -> dict[str, Any]:

@@ -35,7 +35,8 @@ def onnx_tokens(folder: Path, prompt: list[int]) -> list[int]:
 
     model = og.Model(str(folder))
     parameters = og.GeneratorParams(model)
-    parameters.set_search_options(max_length=len(prompt) + NEW_TOKENS, min_length=len(prompt) + NEW_TOKENS)
+    length = len(prompt) + NEW_TOKENS
+    parameters.set_search_options(max_length=length, min_length=length, do_sample=False)
     generator = og.Generator(model, parameters)
     generator.append_tokens(prompt)
     while not generator.is_done():

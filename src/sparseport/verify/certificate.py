@@ -332,7 +332,7 @@ def _check_entry(facts: object, required: _Checks, optional: _Checks, where: str
 
 def is_inside(name: str) -> bool:
     """Whether a file name is a plain relative path with slashes, such as every system can have and no drive starts."""
-    plain = not set(name) & set("\0\\:")
+    plain = not set(name) & set("\0\\:") and not any("\ud800" <= c <= "\udfff" for c in name)  # bytes, no text
     return plain and all(part not in ("", ".", "..") and len(part.encode()) < 256 for part in name.split("/"))
 
 
