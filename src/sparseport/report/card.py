@@ -55,15 +55,18 @@ def write_card(folder: Path, measured: Sequence[Measured]) -> Certificate:
 def measured_of(folder: Folder, benches: Sequence[Bench]) -> list[Measured]:
     """The rows of bench files that are of this folder, as a card shows them."""
     found = []
+    # Seals that the folder had when a sweep measured it: its own settings were others then.
+    unswept = set() if folder.evidence is None else {row.seal for row in folder.evidence.rows}
     for bench in benches:
-        rows = tuple(_speed(row) for row in bench.rows if folder.measured(row))
+        rows = tuple(_speed(row, row.seal in unswept) for row in bench.rows if folder.measured(row))
         if rows:
             found.append(Measured(machine_name(bench), rows))
     return found
 
 
-def _speed(row: Row) -> Speed:
-    settings = ", ".join(f"{key} {value}" for key, value in sorted(row.settings.items())) or "default"
+def _speed(row: Row, unswept: bool) -> Speed:
+    settings = ", ".join(f"{key} {value}" for key, value in sorted(row.settings.items()))
+    settings = settings or ("those before the sweep" if unswept else "the folder's own")
     drift = "not measured" if row.kl is None else f"KL {figure(row.kl)} nats ({drift_words(row.kl)})"
     drift += "" if row.top1 is None else f", same top token {percent(row.top1)}"
     return Speed(engine_name(row.engine), row.device, settings, _range(row.decode), _range(row.prefill), drift)
