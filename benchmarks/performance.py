@@ -26,6 +26,7 @@ go_offline()
 from sparseport.bench.rounds import Asked  # noqa: E402
 from sparseport.bench.sweep import Budget  # noqa: E402
 from sparseport.bench.sweeping import sweep_folders  # noqa: E402
+from sparseport.checkpoints.gguf import convert_gguf  # noqa: E402
 from sparseport.pipeline import export  # noqa: E402
 from sparseport.progress import Progress  # noqa: E402
 from sparseport.recipe import make_recipe  # noqa: E402
@@ -75,9 +76,11 @@ def inputs(model: str, work_dir: Path, scratch: Path) -> dict[str, Any]:
         return {name: getattr(recipe, name) for name in fields}
     from models import tinyllama
 
-    base = scratch / "int4"
+    base, dense = scratch / "int4", scratch / "dense"
     if not (base / "config.json").is_file():
-        common.run([common.sparseport(), "quantize", "--base", str(tinyllama(scratch)), "--output", str(base)])
+        if not dense.is_dir():
+            convert_gguf(tinyllama(scratch), dense)
+        common.run([common.sparseport(), "quantize", "--base", str(dense), "--output", str(base)])
     return {"base": base}
 
 
