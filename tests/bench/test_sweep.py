@@ -46,6 +46,17 @@ def test_the_fastest_settings_within_a_wide_budget() -> None:
     assert best == {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 64, "INFERENCE_NUM_THREADS": 2}
 
 
+def test_noise_changes_no_settings() -> None:
+    """One percent is noise: a stage whose fastest value is that little faster stays where it began."""
+
+    def noisy(row: Contender, asked: Asked, number: int) -> dict[str, Any]:
+        decode = 10.0 - 0.05 * len(row.settings)
+        return {"decode_ms": decode, "first_token_ms": 100 - decode}
+
+    _, best = found(Budget(0.05, 0.9), measure=noisy)
+    assert best == {}
+
+
 def test_a_narrow_budget_keeps_what_drifts_out() -> None:
     """The fastest setting of all drifts by 0.02: it must not even be measured."""
     measured = []
