@@ -39,6 +39,13 @@ WAYS = {
     "exact": {},
     "fast": {"embedding": "int8", "onnx": {"accuracy": "fast"}},
 }
+# How rows are called in the table: the folder and its engine in words.
+WORDS = {
+    "exact/openvino, openvino-genai": "OpenVINO",
+    "exact/onnx, onnxruntime-genai": "ONNX Runtime",
+    "fast/openvino, openvino-genai": "OpenVINO, INT8 embedding",
+    "fast/onnx, onnxruntime-genai": "ONNX Runtime, fast products, INT8 embedding",
+}
 BEGIN, END = "<!-- performance: begin -->\n", "<!-- performance: end -->\n"
 
 
@@ -96,12 +103,15 @@ def exports(fields: dict[str, Any], scratch: Path) -> list[Path]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """A table of one model; ratios against OpenVINO at its own settings."""
+    """A table of one model; ratios against OpenVINO at its own settings. What the sweep chose of all is bold."""
     head = ["", "decode ms/token", "ratio", f"first token of {result['asked']['prompt']} (ms)", "ratio", "of the limit",
             "peak MiB", "MiB", "KL", "top-1"]  # fmt: skip
     rows = []
     for row in result["rows"]:
-        label = row["label"] + (" (chosen)" if row["label"] == result["chosen"] else "")
+        label = row["label"]
+        for folder, words in WORDS.items():
+            label = label.replace(folder, f"sparseport, {words}")
+        label = f"**{label}**" if row["label"] == result["chosen"] else label
         rows.append(
             [
                 label,
@@ -129,8 +139,7 @@ def section() -> str:
         result = json.loads(file.read_text(encoding="utf-8"))
         machine, budget = result["machine"], result["budget"]
         found = [
-            f"{one['model']}: {', '.join(f'`{k}={v}`' for k, v in one['settings'].items()) or 'its own settings'}"
-            for one in result["sweeps"]
+            f"{WORDS[one['model'] + ', ' + one['engine']]}: {_settings(one['settings'])}" for one in result["sweeps"]
         ]
         absent = [f"no {one['engine']} ({one['why']})" for one in result["missing"]]
         absent += [f"{one['label']} failed ({one['why']})" for one in result["failed"]]
@@ -141,6 +150,10 @@ def section() -> str:
             f"\n\n{markdown(result)}\n\nSettings that the sweep chose: {'; '.join(found)}.{unmeasured}\n"
         )
     return "\n".join(parts)
+
+
+def _settings(settings: dict[str, Any]) -> str:
+    return ", ".join(f"`{name}={value}`" for name, value in settings.items()) or "its own settings"
 
 
 def write_readme(path: Path) -> None:

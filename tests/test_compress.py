@@ -47,3 +47,16 @@ def test_the_sign_of_a_scale_has_no_say(pair) -> None:  # type: ignore[no-untype
         _facts("i4", turned, values, _STEPS_OF_ROUNDING, "layer")
     mirrored = replace(weight, codes=15 - weight.codes, zero_points=15 - weight.zero_points, scales=-weight.scales)
     assert error_in_steps(mirrored, values) == error_in_steps(weight, values)
+
+
+def test_a_row_of_next_to_nothing_is_measured_beyond_its_scale_s_rounding() -> None:
+    """TinyLlama's row for unknown tokens: float16 has no scale nearer than 6 % to the one that it needs."""
+    values = np.linspace(-1.6e-5, 1.6e-5, 64, dtype=np.float32)[None]
+    exact = np.float32((values.max() - values.min()) / 255)
+    codes = np.clip(np.rint(values / exact) + 128, 0, 255).astype(np.uint8)
+    stored = np.array([[exact]], np.float16)
+    assert abs(float(stored[0, 0]) / exact - 1) > 0.04
+    weight = QuantizedWeight(codes, stored, np.full((1, 1), 128, np.uint8), 64, 8)
+    assert error_in_steps(weight, values)[0] < 1.01
+    wrong = QuantizedWeight(codes[:, ::-1].copy(), stored, weight.zero_points, 64, 8)
+    assert error_in_steps(wrong, values)[0] > 100
