@@ -10,6 +10,7 @@ import pytest
 from sparseport.compress import _STEPS_OF_ROUNDING, _facts, error_in_steps
 from sparseport.errors import FidelityError
 from sparseport.nls.quantize import quantize_rtn
+from sparseport.weights.linear import QuantizedWeight
 
 
 @pytest.fixture
