@@ -55,17 +55,19 @@ def main() -> None:
     parser.add_argument("--model", choices=sorted(TITLES), default="demo")
     parser.add_argument("--scratch", type=Path, help="folder for what is made; kept (default: a temporary one)")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=64, help="to generate")
+    parser.add_argument("--ways", nargs="+", choices=sorted(WAYS), default=sorted(WAYS), help="of exporting")
     parser.add_argument("--kl", type=float, default=0.02)
     parser.add_argument("--top1", type=float, default=0.9)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         scratch = options.scratch or Path(name)
         scratch.mkdir(parents=True, exist_ok=True)
-        folders = exports(inputs(options.model, options.work_dir, scratch), scratch)
+        folders = exports(inputs(options.model, options.work_dir, scratch), scratch, options.ways)
         result = sweep_folders(
             folders,
             Budget(options.kl, options.top1),
-            asked=Asked(rounds=options.rounds),
+            asked=Asked(rounds=options.rounds, tokens=options.tokens),
             peers=True,
             write=True,
             progress=Progress("auto"),
@@ -91,10 +93,10 @@ def inputs(model: str, work_dir: Path, scratch: Path) -> dict[str, Any]:
     return {"base": base}
 
 
-def exports(fields: dict[str, Any], scratch: Path) -> list[Path]:
+def exports(fields: dict[str, Any], scratch: Path, ways: list[str]) -> list[Path]:
     """Both targets in each way."""
     folders = []
-    for name, way in WAYS.items():
+    for name, way in ((name, WAYS[name]) for name in ways):
         output = scratch / name
         if not output.is_dir():
             export(make_recipe({**fields, **way, "target": ["openvino", "onnx"], "output": output}))
