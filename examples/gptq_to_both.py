@@ -33,8 +33,7 @@ def openvino_tokens(folder: Path, prompt: list[int]) -> list[int]:
 def onnx_tokens(folder: Path, prompt: list[int]) -> list[int]:
     import onnxruntime_genai as og
 
-    model = og.Model(str(folder))
-    parameters = og.GeneratorParams(model)
+    parameters = og.GeneratorParams(model := og.Model(str(folder)))
     length = len(prompt) + NEW_TOKENS
     parameters.set_search_options(max_length=length, min_length=length, do_sample=False)
     generator = og.Generator(model, parameters)
